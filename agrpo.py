@@ -37,11 +37,15 @@ The paper's letters, and the words for them in this file:
     theta         model                        any Hugging Face PreTrainedModel with a head on top
 """
 
+import ast
+import contextlib
 import copy
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -49,23 +53,32 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import tokenizers
 import torch
+import torch.distributed as dist
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoModelForMaskedLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 # ======================================================================================================================
@@ -99,6 +112,7 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     if attention_mask is not None:  # count positions from the first real token, so that padding changes nothing
         where["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(input_ids=input_ids, **where).last_hidden_state  # (N, L, D)
+    positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about i
     hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (N, n, D)
     head = model.cls if hasattr(model, "cls") else model.lm_head  # BERT's head has a layer of its own
     return head(hidden)
@@ -302,8 +316,9 @@ def step_logps(
     and revealed (N, C) bool. The temperature, and the truncation the rollout recorded, are those of the sampler:
     the ratio of two policies means nothing otherwise.
     """
-    when, prompt, prompt_mask = rollout.step[rows], rollout.prompt[rows], rollout.prompt_mask[rows]
-    completion, t = rollout.completion[rows], steps[:, None]
+    P = int(rollout.prompt_mask[rows].sum(1).max())  # these rows' longest prompt: what is left of it is all padding
+    prompt, prompt_mask = rollout.prompt[rows][:, -P:], rollout.prompt_mask[rows][:, -P:]
+    when, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
     revealed = when == t  # (N, C)
     state = torch.where((when >= 0) & (when < t), completion, mask_id)  # s_t: what earlier steps filled in, else masks
 
@@ -311,7 +326,7 @@ def step_logps(
     n = int(revealed.sum(1).max())
     where = revealed.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n)
     attention = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, prompt_mask.new_ones(state.shape)], 1)
-    logits = logits_at(model, torch.cat([prompt, state], 1), attention, prompt.shape[1] + where)  # (N, n, V)
+    logits = logits_at(model, torch.cat([prompt, state], 1), attention, P + where)  # (N, n, V)
 
     token = completion.gather(1, where)[..., None]  # (N, n, 1)
     if rollout.kept is None:
@@ -440,20 +455,25 @@ def policy_gradient(
                   (1 - 1/G) / T. Where no row ends early the two are one.
     on_policy: the weights are still those that sampled, so rho is 1 whatever rounding the sampler saw. advantage (B,).
     ref_model: the reference for beta > 0. Passes are made for no row without advantage and no step twice; at most
-    micro_batch (row, step) pairs are in memory at once.
+    micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
     """
     B, T = rollout.entropy.shape
     learns = (rollout.num_steps > 0) & ((advantage != 0) | (beta > 0))
     rows = learns.nonzero().squeeze(1)
+    names = ("loss", "tokens", "clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")
+    sums = dict.fromkeys(names, torch.zeros((), device=advantage.device))
     if len(rows) == 0:
-        return {"loss": 0.0, "passes": 0}
+        return {name: 0.0 for name in names} | {"passes": 0}
     steps, weights = draw_timesteps(rollout.num_steps[rows], k, None if proposal is None else proposal[rows], generator)
     i, j = weights.nonzero(as_tuple=True)  # one flat list of (row, step) pairs
     rows, steps, weights = rows[i], steps[i, j], weights[i, j]
+    by_prompt_length = (
+        rollout.prompt_mask[rows].sum(1).argsort(stable=True)
+    )  # micro-batches with little padding, or none
+    rows, steps, weights = rows[by_prompt_length], steps[by_prompt_length], weights[by_prompt_length]
     length = rollout.num_steps[rows] if length_norm == "sequence" else T
     weights = (weights / (B * length)).to(rollout.logp.dtype)
 
-    sums: dict[str, Tensor] = {}
     for part in torch.arange(len(rows), device=rows.device).split(micro_batch):
         r = rows[part]
         logp, revealed = step_logps(model, rollout, r, steps[part], mask_id=mask_id, temperature=temperature)
@@ -468,25 +488,21 @@ def policy_gradient(
         loss.backward()
 
         with torch.no_grad():
-            change = (logp - old_logp)[revealed]
-            clipped = (change.exp() < 1 - eps_low) & (advantage[r, None].expand_as(logp)[revealed] < 0)
-            clipped |= (change.exp() > 1 + eps_high) & (advantage[r, None].expand_as(logp)[revealed] > 0)
+            change, A = (logp - old_logp)[revealed], advantage[r, None].expand_as(logp)[revealed]
+            ratio = change.exp()
             seen = {
                 "loss": loss,
                 "tokens": revealed.sum(),
-                "clipfrac": clipped.sum(),
-                "approx_kl": (change.exp() - 1 - change).sum(),
-                "ratio": change.exp().sum(),
+                "clipfrac": ((ratio < 1 - eps_low) & (A < 0) | (ratio > 1 + eps_high) & (A > 0)).sum(),
+                "approx_kl": (ratio - 1 - change).sum(),
+                "ratio": ratio.sum(),
                 "sampler_gap": (logp - rollout.logp[r])[revealed].abs().sum(),
+                "kl": kl[revealed].sum() if beta > 0 else 0,
             }
-            if beta > 0:
-                seen["kl"] = kl[revealed].sum()
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in seen.items()}
+            sums = {name: sums[name] + value for name, value in seen.items()}
     figures = {name: float(value) for name, value in sums.items()}
-    tokens = figures.pop("tokens")
-    return {name: value if name == "loss" else value / tokens for name, value in figures.items()} | {
-        "passes": len(rows)
-    }
+    per_token = {name: figures[name] / figures["tokens"] for name in names[2:]}
+    return figures | per_token | {"passes": len(rows)}
 
 
 # ======================================================================================================================
@@ -499,39 +515,47 @@ def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_mo
 
     Goes on from the newest checkpoint in args.output_dir, if there is one. Every random choice is seeded by (seed, what
     it is for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an
-    update) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False; a second Ctrl-C stops at once.
+    update), completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False.
+    Under torchrun each process rolls out its share of the prompts, and gradients are averaged.
     """
     run, device = Path(args.output_dir), model.device
-    examples = task.examples("train", args)
+    examples, held_out = task.examples("train", args), task.examples("test", args)
+    chat = tokenizer.chat_template is not None
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.weight_decay,
     )
-    start = restore_training_state(run, optimizer)
-    stop = stop_after_this_update()
+    model.train(args.gradient_checkpointing)  # for its checkpointing hooks alone: there is no dropout
+    start, stop, report = restore_training_state(run, optimizer), stop_after_this_update(), reporter(args)
     finished = start >= args.max_steps
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="AGRPO", unit="update")
-    for update in bar:
+    progress = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="AGRPO", disable=rank() > 0)
+    for update in progress:
         clock = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(update, args)
 
-        # Rollouts: G completions of each prompt, groups side by side.
-        batch = [example for example in draw_examples(examples, update, args) for _ in range(args.group_size)]
-        prompts = [task.prompt(example) for example in batch]
-        rollout, texts = complete(
-            model, tokenizer, mask_id, prompts, generator(device, args.seed, "rollout", update), **args.sampling()
-        )
+        # Rollouts: group_size completions of each prompt, side by side; a few prompts at a time.
+        batch, texts, rollouts = [], [], []
+        drawn, size = draw_examples(examples, update, args), args.rollout_batch // args.group_size
+        for c in range(rank(), len(drawn) // size, world_size()):
+            batch += [example for example in drawn[c * size : (c + 1) * size] for _ in range(args.group_size)]
+            prompts = [task.prompt(example, tokenizer) for example in batch[len(texts) :]]
+            rng = generator(device, args.seed, "rollout", update, c)
+            with autocast(model, args):
+                rollout, written = complete(model, tokenizer, mask_id, prompts, rng, **args.sampling())
+            texts += written
+            rollouts.append(rollout)
+        rollout = concatenate(rollouts)
         seconds_rollout = time.time() - clock
 
         # Rewards and advantages.
-        rewards = torch.tensor([task.reward(example, text) for example, text in zip(batch, texts)], device=device)
-        correct = [task.correct(example, text) for example, text in zip(batch, texts)]
-        advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
+        rewards = torch.tensor([task.reward(example, text, chat) for example, text in zip(batch, texts)])
+        correct = [task.correct(example, text, chat) for example, text in zip(batch, texts)]
+        advantage = group_advantages(rewards.to(device), args.group_size, args.scale_by_std)
 
-        # Where the timesteps are drawn: more often where more was undecided, never with less than a share of uniform.
+        # Timesteps are drawn more often where more was undecided.
         proposal = None
         if args.timestep_proposal == "entropy":
             proposal = defensive_proposal(rollout.entropy, rollout.num_steps, args.uniform_share)
@@ -539,63 +563,78 @@ def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_mo
         # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
         for again in range(args.updates_per_rollout):
             optimizer.zero_grad()
-            figures = policy_gradient(
-                model,
-                rollout,
-                advantage,
-                k=args.k,
-                mask_id=mask_id,
-                temperature=args.temperature,
-                on_policy=again == 0,
-                proposal=proposal,
-                length_norm=args.length_norm,
-                eps_low=args.eps_low,
-                eps_high=args.eps_high,
-                beta=args.beta,
-                ref_model=ref_model,
-                micro_batch=args.micro_batch,
-                generator=generator("cpu", args.seed, "timesteps", update, again),
-            )
-            parameters = [p for p in model.parameters() if p.grad is not None]
-            figures["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+            with autocast(model, args):
+                figures = policy_gradient(
+                    model,
+                    rollout,
+                    advantage,
+                    k=args.k,
+                    mask_id=mask_id,
+                    temperature=args.temperature,
+                    on_policy=again == 0,
+                    proposal=proposal,
+                    length_norm=args.length_norm,
+                    eps_low=args.eps_low,
+                    eps_high=args.eps_high,
+                    beta=args.beta,
+                    ref_model=ref_model,
+                    micro_batch=args.micro_batch,
+                    generator=generator("cpu", args.seed, "timesteps", update, again, rank()),
+                )
+            average_gradients(model)
+            with_gradient = [p for p in model.parameters() if p.grad is not None]
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, args.max_grad_norm))
             optimizer.step()
 
-        groups = rewards.view(-1, args.group_size)
-        metrics = {
-            "update": update + 1,
-            "reward": float(rewards.mean()),
-            "reward_std": float(groups.std(1).mean()),
-            "accuracy": sum(correct) / len(correct),
-            "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
-            "completion_length": float((rollout.step >= 0).sum(1).float().mean()),
-            "entropy": float(rollout.entropy.sum() / (rollout.step >= 0).sum()),
-            **figures,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "seconds_rollout": seconds_rollout,
-            "seconds_update": time.time() - clock - seconds_rollout,
-        }
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        bar.set_postfix_str(
+        groups, tokens = rewards.view(-1, args.group_size), (rollout.step >= 0).sum()
+        seconds_update = time.time() - clock - seconds_rollout
+        metrics = average_over_ranks(
+            {
+                "reward": float(rewards.mean()),
+                "reward_std": float(groups.std(1).mean()),
+                "accuracy": sum(correct) / len(correct),
+                "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
+                "completion_length": float(tokens) / len(batch),
+                "entropy": float(rollout.entropy.sum() / tokens),
+                **figures,
+                "passes_without_savings": len(batch) * args.k,
+                "grad_norm": grad_norm,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds_rollout": seconds_rollout,
+                "seconds_update": seconds_update,
+                "rollout_tokens_per_second": float(tokens) / seconds_rollout,
+                "update_pairs_per_second": figures["passes"] / seconds_update,
+            }
+        )
+        finished = update + 1 == args.max_steps
+        if args.eval_every and ((update + 1) % args.eval_every == 0 or finished):
+            sampling = args.eval_sampling(args.eval_steps[0], greedy=True)
+            with autocast(model, args):
+                metrics["eval_accuracy"] = accuracy(
+                    evaluate(model, tokenizer, mask_id, task, held_out, args.eval_batch, 0, **sampling)
+                )
+        report({"update": update + 1} | metrics)
+        progress.set_postfix_str(
             "reward {reward:.2f} accuracy {accuracy:.2f} clipfrac {clipfrac:.3f} |grad| {grad_norm:.2f}".format(
-                **{"clipfrac": 0.0, **metrics}
+                **metrics
             )
         )
-        if args.show_every and (update + 1) % args.show_every == 0:
-            shown = random.Random(f"{args.seed} show {update}").randrange(len(batch))
-            bar.write(f"\nupdate {update + 1}, reward {rewards[shown]:.2f}\n" + task.show(batch[shown], texts[shown]))
-        finished = update + 1 == args.max_steps
-        if stop or finished or (update + 1) % args.save_every == 0:
-            save_checkpoint(run, update + 1, model, tokenizer, optimizer, args.keep_checkpoints)
-        if stop:
+        if args.show_every and (update + 1) % args.show_every == 0 and rank() == 0:
+            n = random.Random(f"{args.seed} show {update}").randrange(len(batch))
+            progress.write(f"\nupdate {update + 1}, reward {rewards[n]:g}\n{task.show(batch[n], texts[n], chat)}\n")
+            sample_text = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
+            append_line(run / "completions.jsonl", sample_text | {"reward": float(rewards[n])})
+        stopping = any_rank(bool(stop))
+        if stopping or finished or (update + 1) % args.save_every == 0:
+            save_training_state(run, update + 1, model, tokenizer, optimizer, args.keep_checkpoints)
+        if stopping:
             break
-    bar.close()
+    progress.close()
+    model.eval()
     return finished
 
 
-def complete(
-    model, tokenizer, mask_id: int, prompts: list[str], rng: torch.Generator, **sampling
-) -> tuple[Rollout, list[str]]:
+def complete(model, tokenizer, mask_id: int, prompts: list[str], rng, **sampling) -> tuple[Rollout, list[str]]:
     """One completion for each prompt: the rollout, and its texts up to the first EOS. sampling: arguments of `sample`."""
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     prompt, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].bool().to(model.device)
@@ -605,19 +644,38 @@ def complete(
     return rollout, tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def evaluate(
-    model, tokenizer, mask_id: int, task: "Task", examples: list[dict], batch: int, seed: int, **sampling
-) -> list:
-    """Complete every example once: a list of {"prompt", "completion", "correct"} dicts. sampling: arguments of `sample`."""
-    records = []
-    for start in range(0, len(examples), batch):
+def concatenate(rollouts: list[Rollout]) -> Rollout:
+    """One rollout of all rows: the shorter prompts are padded on the left."""
+    P = max(rollout.prompt.shape[1] for rollout in rollouts)
+    columns = {}
+    for name in (f.name for f in fields(Rollout)):
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        if name in ("prompt", "prompt_mask"):
+            parts = [torch.nn.functional.pad(part, (P - part.shape[1], 0)) for part in parts]
+        columns[name] = None if parts[0] is None else torch.cat(parts)
+    return Rollout(**columns)
+
+
+def evaluate(model, tokenizer, mask_id: int, task: "Task", examples: list, batch: int, seed: int, **sampling) -> list:
+    """Complete every example once; under torchrun each process does its share, and returns that share.
+
+    Returns dicts with "prompt", "completion" and "correct". sampling: arguments of `sample`.
+    """
+    chat, records = tokenizer.chat_template is not None, []
+    for start in range(rank() * batch, len(examples), world_size() * batch):
         part = examples[start : start + batch]
-        prompts = [task.prompt(example) for example in part]
+        prompts = [task.prompt(example, tokenizer) for example in part]
         rng = generator(model.device, seed, "evaluation", start)
         _, texts = complete(model, tokenizer, mask_id, prompts, rng, **sampling)
         for example, prompt, text in zip(part, prompts, texts):
-            records.append({"prompt": prompt, "completion": text, "correct": task.correct(example, text)})
+            records.append({"prompt": prompt, "completion": text, "correct": task.correct(example, text, chat)})
     return records
+
+
+def accuracy(records: list[dict]) -> float:
+    """Share of correct records, over the records of all processes."""
+    right, number = sum_over_ranks([sum(record["correct"] for record in records), len(records)])
+    return right / number
 
 
 def generator(device, *key) -> torch.Generator:
@@ -629,7 +687,9 @@ def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[d
     """The prompts of one update: every example comes once an epoch, in an order of that epoch's own."""
     N, first = len(examples), update * args.prompts_per_update
     last = first + args.prompts_per_update
-    orders = [random.Random(f"{args.seed} epoch {e}").sample(examples, N) for e in range(first // N, (last - 1) // N + 1)]
+    orders = [
+        random.Random(f"{args.seed} epoch {e}").sample(examples, N) for e in range(first // N, (last - 1) // N + 1)
+    ]
     skipped = first // N * N
     return list(itertools.chain(*orders))[first - skipped : last - skipped]
 
@@ -639,6 +699,63 @@ def learning_rate_at(update: int, args: "Settings") -> float:
     warm = min(1.0, (update + 1) / max(1, round(args.warmup_ratio * args.max_steps)))
     cosine = (1 + math.cos(math.pi * update / args.max_steps)) / 2
     return args.learning_rate * warm * (cosine if args.lr_schedule == "cosine" else 1.0)
+
+
+def autocast(model, args: "Settings"):
+    """bfloat16 matrix products over float32 weights: for --bf16 where all weights are trained, so must stay float32."""
+    on = args.bf16 and model.device.type == "cuda" and model.dtype == torch.float32
+    return torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
+
+
+# Several processes (torchrun). Alone, each of these does nothing.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    return sum_over_ranks([float(flag)])[0] > 0
+
+
+def average_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Means over processes; what is a mean over tokens looked at is weighted by them, and counts are added up."""
+    per_token, counts = ("clipfrac", "approx_kl", "ratio", "sampler_gap", "kl"), ("tokens", "passes")
+    counts += ("passes_without_savings", "rollout_tokens_per_second", "update_pairs_per_second")
+    weighted = {name: value * (metrics["tokens"] if name in per_token else 1) for name, value in metrics.items()}
+    total = dict(zip(metrics, sum_over_ranks(list(weighted.values()))))
+    for name in metrics:
+        if name not in counts:
+            total[name] /= max(1, total["tokens"]) if name in per_token else world_size()
+    return total
+
+
+def average_gradients(model) -> None:
+    """Mean of the gradients over processes. One without any row to learn from takes part with zeros; if that goes for
+    all of them there is no gradient, as in a single process."""
+    if world_size() == 1 or not any_rank(any(p.grad is not None for p in model.parameters())):
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
+
+
+# Interrupted and resumed runs.
 
 
 def stop_after_this_update() -> list:
@@ -656,19 +773,21 @@ def stop_after_this_update() -> list:
     return asked
 
 
-def save_checkpoint(run: Path, update: int, model, tokenizer, optimizer, keep: int) -> None:
-    """Write run/checkpoint-N: the model in Hugging Face format, and what a resumed run needs. All of it or nothing:
-    it is written aside and renamed when whole; then all but the newest `keep` are removed."""
-    aside = run / f"checkpoint-{update}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
-    save_file(tensors, aside / "optimizer.safetensors")
-    aside.rename(run / f"checkpoint-{update}")
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+def save_training_state(run: Path, update: int, model, tokenizer, optimizer, keep: int) -> None:
+    """Write run/checkpoint-N: the model, and the optimizer for a resumed run. All of it or nothing: it is written aside
+    and renamed when whole; then all but the newest `keep` are removed."""
+    if rank() == 0:
+        aside = run / f"checkpoint-{update}.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        save_model(model, tokenizer, aside)
+        state = optimizer.state_dict()["state"]
+        tensors = {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
+        save_file(tensors, aside / "optimizer.safetensors")
+        shutil.rmtree(run / f"checkpoint-{update}", ignore_errors=True)
+        aside.rename(run / f"checkpoint-{update}")
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    any_rank(False)  # the others wait
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -686,10 +805,39 @@ def restore_training_state(run: Path, optimizer) -> int:
             i, name = key.split(".")
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    log = run / "metrics.jsonl"
-    if log.exists():
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]))
+    for log in (run / "metrics.jsonl", run / "completions.jsonl"):
+        if log.exists() and rank() == 0:
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a killed run may leave half
+            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["update"] <= done))
     return done
+
+
+def append_line(path: Path, record: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def reporter(args: "Settings") -> Callable[[dict], None]:
+    """A function that writes one update's metrics to metrics.jsonl and wherever --report_to says; rank 0 only."""
+    if rank() > 0:
+        return lambda metrics: None
+    run, also = Path(args.output_dir), lambda metrics: None
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run)
+        also = lambda metrics: [writer.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
+    if args.report_to == "wandb":
+        import wandb
+
+        wandb.init(project="agrpo", name=run.name, dir=run, config=asdict(args))
+        also = lambda metrics: wandb.log(metrics, step=metrics["update"])
+
+    def report(metrics: dict) -> None:
+        append_line(run / "metrics.jsonl", metrics)
+        also(metrics)
+
+    return report
 
 
 # ======================================================================================================================
@@ -699,13 +847,105 @@ def restore_training_state(run: Path, optimizer) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on. An example is a dict; what is in it is between the functions of one task."""
+    """What to train on. An example is a dict; what is in it is between the functions of one task.
+
+    A model with a chat template is asked `question` and must write <reasoning>...</reasoning><answer>...</answer>; one
+    without (the tiny model) is shown `plain` and its whole completion is the answer.
+    """
 
     examples: Callable[[str, "Settings"], list[dict]]  # ("train" or "test", settings) -> examples
-    prompt: Callable[[dict], str]
-    reward: Callable[[dict, str], float]  # what training maximises: (example, completion) -> reward
-    correct: Callable[[dict, str], bool]  # what accuracy counts
-    show: Callable[[dict, str], str]  # a completion, as a person would look at it
+    question: Callable[[dict], str]
+    is_right: Callable[[dict, str], bool]  # (example, answer) -> whether it is right
+    plain: Callable[[dict], str] | None = None
+    picture: Callable[[dict, str], str] | None = None  # (example, answer) -> how a person would look at it
+
+    def prompt(self, example: dict, tokenizer) -> str:
+        if tokenizer.chat_template is None:
+            return (self.plain or self.question)(example)
+        messages = [{"role": "user", "content": self.question(example)}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def answer(self, completion: str, chat: bool) -> str | None:
+        """What the completion gives as its answer: inside its <answer> tags. None unless there is exactly one pair."""
+        if not chat and self.plain:
+            return completion.strip()
+        return inside_tags(completion, "answer")
+
+    def correct(self, example: dict, completion: str, chat: bool) -> bool:
+        """What accuracy counts: the answer is right."""
+        answer = self.answer(completion, chat)
+        return answer is not None and self.is_right(example, answer)
+
+    def reward(self, example: dict, completion: str, chat: bool) -> float:
+        """What training maximises: 3 for a right answer and 0.5 for each of the two pairs of tags; plain: 1 if right."""
+        right = self.correct(example, completion, chat)
+        if not chat and self.plain:
+            return float(right)
+        return 3.0 * right + sum(0.5 for tag in ("reasoning", "answer") if inside_tags(completion, tag) is not None)
+
+    def show(self, example: dict, completion: str, chat: bool) -> str:
+        verdict = "right" if self.correct(example, completion, chat) else "wrong"
+        if not chat and self.plain and self.picture:
+            return self.picture(example, completion) + "\n    " + verdict
+        return completion + "\n" + verdict
+
+
+def inside_tags(text: str, tag: str) -> str | None:
+    """What stands between <tag> and </tag>; None unless each occurs exactly once, in this order."""
+    if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
+        return None
+    after = text.split(f"<{tag}>")[1]
+    return after.split(f"</{tag}>")[0].strip() if f"</{tag}>" in after else None
+
+
+FORMAT = "Think first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>"
+
+
+def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
+    """Rows of a local data set, as dicts of strings: a .jsonl, .json, .csv or .parquet file, or a folder of train.* and test.*.
+
+    Raises ValueError that names the file, and the row where a column is missing or empty.
+    """
+    file = Path(path)
+    found = [file]
+    if file.is_dir():
+        found = sorted(f for f in file.iterdir() if f.stem.startswith(split) and f.suffix in READERS)
+        if not found:
+            raise ValueError(f"--data {path}: no {split}.jsonl, .json, .csv or .parquet in this folder")
+    elif not file.is_file():
+        raise ValueError(f"--data {path}: no such file or folder")
+    suffix = found[0].suffix
+    if suffix not in READERS:
+        raise ValueError(f"--data {path}: give a .jsonl, .json, .csv or .parquet file, or a folder of them")
+    from datasets import Features, Value, disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    as_text = {}
+    if suffix == ".csv":  # read as numbers, a Sudoku would lose its leading zeros
+        with open(found[0], encoding="utf-8") as opened:
+            header = opened.readline().strip().split(",")
+        as_text["features"] = Features({name: Value("string") for name in header})
+    try:
+        table = load_dataset(READERS[suffix], data_files=list(map(str, found)), split="train", **as_text)
+    except Exception as error:  # of many kinds, by format
+        raise ValueError(f"--data {path}: not readable as {suffix}: {str(error).splitlines()[0]}") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise ValueError(f"--data {path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    rows = []
+    for number, row in enumerate(table, start=1):
+        for name in columns:
+            if row[name] is None or not str(row[name]).strip():
+                raise ValueError(f"--data {path}, row {number}: {name} is empty")
+        rows.append({name: str(row[name]) for name in columns})
+    if not rows:
+        raise ValueError(f"--data {path}: no rows in it")
+    return rows
+
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+# --- sudoku
 
 
 # A 4x4 Sudoku is written as its 16 cells, row by row, 0 for a blank. Its units: 4 rows, 4 columns, 4 boxes.
@@ -730,10 +970,19 @@ def sudoku_examples(split: str, args: "Settings") -> list[dict]:
     """Puzzles of 10 to 14 blanks; most have several solutions, and any of them is right.
 
     240 of the 288 grids are for training (16 puzzles each, drawn with the seed) and 48 for testing (8 puzzles each,
-    the same for every seed). With --data, the test puzzles are the file's.
+    the same for every seed). With --data, the test puzzles are the file's (columns Puzzle and Solution).
     """
     if split == "test" and args.data:
-        return read_sudoku_file(args.data)
+        puzzles = [
+            {"puzzle": r["Puzzle"], "solution": r["Solution"]}
+            for r in read_rows(args.data, split, ("Puzzle", "Solution"))
+        ]
+        for number, example in enumerate(puzzles, start=1):
+            puzzle, solution = example.values()
+            if not re.fullmatch("[0-4]{16}", puzzle) or not sudoku_right(example, solution):
+                why = "Puzzle must be 16 digits 0 to 4 (leading zeros included) and Solution a full grid that fits it"
+                raise ValueError(f"--data {args.data}, row {number}: {why}, not {puzzle!r} and {solution!r}")
+        return puzzles
     grids = random.Random("grids").sample(all_grids(), 288)
     rng = random.Random(f"{args.seed} puzzles" if split == "train" else "test puzzles")
     puzzles = []
@@ -743,54 +992,186 @@ def sudoku_examples(split: str, args: "Settings") -> list[dict]:
     return puzzles
 
 
-def read_sudoku_file(path: str) -> list[dict]:
-    """Puzzles from a CSV with the columns Puzzle and Solution, 16 digits each. Raises ValueError that names a bad row."""
-    from datasets import Features, Value, load_dataset
+def sudoku_question(example: dict) -> str:
+    rows = "\n".join(example["puzzle"][i : i + 4] for i in range(0, 16, 4))
+    return (
+        "Fill in this 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4 once; 0 is a blank.\n\n"
+        f"{rows}\n\n{FORMAT}: the 16 digits, row by row. For example, 1000 0010 0300 0002 is solved by "
+        "1234 3412 2341 4123 only if all its clues stay where they are; its answer would be written "
+        "<answer>1234341223414123</answer>."
+    )
 
-    if not Path(path).is_file():
+
+def sudoku_right(example: dict, answer: str) -> bool:
+    """Whether the answer is a full grid that keeps every clue of the puzzle."""
+    cells = "".join(answer[:100].split())
+    return is_grid(cells) and all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells))
+
+
+def sudoku_picture(example: dict, answer: str) -> str:
+    """Puzzle and answer side by side, as grids."""
+    puzzle, cells = example["puzzle"].replace("0", "."), answer.ljust(16)
+    return "\n".join(
+        "    " + " ".join(puzzle[i] for i in row) + "   " + " ".join(cells[i] for i in row) for row in ROWS
+    )
+
+
+# --- countdown
+
+
+def countdown_examples(split: str, args: "Settings") -> list[dict]:
+    """Three numbers and a target that they make, each used once. From the seed (the test problems always the same), or,
+    for testing, from --data: columns input ("30,100,93") and output ("23")."""
+    if split == "test" and args.data:
+        problems = []
+        for number, row in enumerate(read_rows(args.data, split, ("input", "output")), start=1):
+            if not re.fullmatch(r"\d{1,6}(,\d{1,6})+", row["input"]) or not re.fullmatch(r"\d{1,9}", row["output"]):
+                raise ValueError(
+                    f'--data {args.data}, row {number}: wanted input like "30,100,93" and output like "23"'
+                )
+            problems.append({"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])})
+        return problems
+    rng, problems = random.Random(f"{args.seed} countdown" if split == "train" else "countdown test"), []
+    while len(problems) < (4096 if split == "train" else 256):
+        a, b, c = (rng.randint(1, 99) for _ in range(3))
+        first, second = rng.choice("+-*/"), rng.choice("+-*/")
+        target = arithmetic(rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"]))
+        if target is not None and target.denominator == 1 and 0 < target < 1000:
+            problems.append({"numbers": rng.sample([a, b, c], 3), "target": int(target)})
+    return problems
+
+
+def countdown_question(example: dict) -> str:
+    numbers = ", ".join(map(str, example["numbers"]))
+    return (
+        f"Write an expression that equals {example['target']}, using each of the numbers {numbers} exactly once, and "
+        f"+, -, *, / and parentheses. {FORMAT}: the expression alone, such as <answer>(1 + 2) * 3</answer> for 9."
+    )
+
+
+def countdown_right(example: dict, answer: str) -> bool:
+    """Whether the answer is an expression of the target from exactly the given numbers ("= target" may follow it)."""
+    expression, equals, target = answer[:200].partition("=")
+    if equals and target.strip() != str(example["target"]):
+        return False
+    used = sorted(re.findall(r"\d+", expression))
+    return used == sorted(map(str, example["numbers"])) and arithmetic(expression) == example["target"]
+
+
+def arithmetic(expression: str) -> Fraction | None:
+    """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+        return None
+
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        raise ValueError("neither a number nor one of the four operations")  # ** or // or a sign
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # "3(4)" makes the parser offer advice
+            return value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+# --- gsm8k and math
+
+
+def gsm8k_examples(split: str, args: "Settings") -> list[dict]:
+    """Grade-school word problems (arXiv 2110.14168) from the hub, or from --data: columns question and answer, whose last
+    line is #### and the number."""
+    source = args.data or str(from_hub("openai/gsm8k", "dataset", ["main/*.parquet"]) / "main")
+    rows = read_rows(source, split, ("question", "answer"))
+    for number, row in enumerate(rows, start=1):
+        row["gold"] = row["answer"].rpartition("####")[2].strip()
+        if "####" not in row["answer"] or single_number(row["gold"]) is None:
+            raise ValueError(f"{source}, {split} row {number}: its answer does not end in #### and a number")
+    return rows
+
+
+def gsm8k_question(example: dict) -> str:
+    return (
+        f"{example['question']}\n\n{FORMAT}: the number alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
+    )
+
+
+def gsm8k_right(example: dict, answer: str) -> bool:
+    """Whether the answer names one number, and it is the gold one: 1,234 and $1234.00 and 1234 apples are the same."""
+    number = single_number(boxed(answer) or answer)
+    return number is not None and number == single_number(example["gold"])
+
+
+def boxed(text: str) -> str | None:
+    r"""What the only \boxed{...} of a text holds, braces matched; None where there is none, or more than one."""
+    if text.count("\\boxed{") != 1:
+        return None
+    inside, depth = text.split("\\boxed{")[1], 1
+    for i, character in enumerate(inside[:1000]):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return inside[:i]
+    return None
+
+
+NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[-+]?\.[0-9]+")
+
+
+def single_number(text: str) -> Fraction | None:
+    """The number in a text that holds exactly one; None for none, several, or a text of over 100 characters."""
+    found = NUMBER.findall(text.replace("\\", "").replace("$", "").replace("\u2212", "-")) if len(text) <= 100 else []
+    return Fraction(found[0].replace(",", "")) if len(found) == 1 else None
+
+
+def math_examples(split: str, args: "Settings") -> list[dict]:
+    """Competition MATH (arXiv 2103.03874), levels 1 to 4, to train on and MATH-500 to test on, from the hub; or --data:
+    columns problem, solution (which ends in a \\boxed answer) and level."""
+    math_verify()
+    if args.data:
+        source = args.data
+    elif split == "test":
+        source = str(from_hub("HuggingFaceH4/MATH-500", "dataset", ["test.jsonl"]))
+    else:
+        source = str(from_hub("DigitalLearningGmbH/MATH-lighteval", "dataset", ["data/*.parquet"]) / "data")
+    rows = read_rows(source, split, ("problem", "solution", "level"))
+    return [row for row in rows if split == "test" or row["level"].removeprefix("Level ") in ("1", "2", "3", "4")]
+
+
+def math_question(example: dict) -> str:
+    return f"{example['problem']}\n\n{FORMAT}: the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
+
+
+def math_right(example: dict, answer: str) -> bool:
+    """Whether math-verify finds the answer in \\boxed{} equal to the solution's."""
+    if boxed(answer) is None or len(answer) > 500:
+        return False
+    parse, verify = math_verify()
+    try:
+        return bool(verify(parse(example["solution"]), parse(answer)))
+    except Exception:  # noqa: BLE001 - whatever a parser of LaTeX does with what a model wrote, it was no right answer
+        return False
+
+
+def math_verify():
+    try:
+        from math_verify import parse, verify
+    except ImportError:
         raise ValueError(
-            f"--data {path}: no such file; for sudoku give a CSV file with the columns Puzzle and Solution"
+            "--task math compares answers with the package math-verify: pip install 'math-verify[antlr4_13_2]'"
         )
-    with open(path, encoding="utf-8") as file:
-        header = file.readline().strip().split(",")
-    if not {"Puzzle", "Solution"} <= set(header):
-        raise ValueError(f"--data {path}: needs the columns Puzzle and Solution; its first line names {header}")
-    text = Features({name: Value("string") for name in header})  # read as numbers, a grid would lose its leading zeros
-    puzzles = []
-    for number, row in enumerate(load_dataset("csv", data_files=path, features=text, split="train"), start=2):
-        puzzle, solution = row["Puzzle"] or "", row["Solution"] or ""
-        if not re.fullmatch("[0-4]{16}", puzzle) or not is_grid(solution):
-            raise ValueError(
-                f"--data {path}, line {number}: Puzzle must be 16 digits 0 to 4 and Solution a full grid, "
-                f"not {puzzle!r} and {solution!r}"
-            )
-        puzzles.append({"puzzle": puzzle, "solution": solution})
-    return puzzles
-
-
-def sudoku_correct(example: dict, completion: str) -> bool:
-    """Whether the completion is a full grid that keeps every clue of the puzzle."""
-    return is_grid(completion) and all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], completion))
-
-
-def sudoku_show(example: dict, completion: str) -> str:
-    completion = completion.ljust(16)
-    lines = []
-    for row in ROWS:
-        puzzle, cells = (" ".join(text[i] for i in row) for text in (example["puzzle"].replace("0", "."), completion))
-        lines.append(f"    {puzzle}   {cells}")
-    lines[0] += "   " + ("right" if sudoku_correct(example, completion) else "wrong")
-    return "\n".join(lines) + "\n"
+    return parse, verify
 
 
 TASKS = {
-    "sudoku": Task(
-        examples=sudoku_examples,
-        prompt=lambda example: example["puzzle"],
-        reward=lambda example, completion: float(sudoku_correct(example, completion)),
-        correct=sudoku_correct,
-        show=sudoku_show,
-    ),
+    "sudoku": Task(sudoku_examples, sudoku_question, sudoku_right, lambda example: example["puzzle"], sudoku_picture),
+    "countdown": Task(countdown_examples, countdown_question, countdown_right),
+    "gsm8k": Task(gsm8k_examples, gsm8k_question, gsm8k_right),
+    "math": Task(math_examples, math_question, math_right),
 }
 
 
@@ -799,10 +1180,13 @@ TASKS = {
 # ======================================================================================================================
 
 
-def load_model(name_or_path: str, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer, mask_id) for "tiny" (freshly initialised: `pretrain` it), or for a folder this project saved.
+def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    """(model, tokenizer, mask_id), ready to sample from.
 
-    Raises ValueError for anything else.
+    name_or_path: "tiny" (freshly initialised; see `pretrain`), a LLaDA or Dream checkpoint (hub id or folder), or a folder
+    that this project saved: a run's, one of its checkpoints, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2 whose
+    attention is not causal, so transformers' own classes hold them and no remote code runs.
+    Raises ValueError, with what to do, for anything else and for checkpoints with missing or unexpected weights.
     """
     if name_or_path == "tiny":
         tokenizer = character_tokenizer()
@@ -812,22 +1196,234 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32):
             num_hidden_layers=3,
             num_attention_heads=4,
             intermediate_size=384,
-            initializer_range=0.1,  # the usual 0.02 is for wide models; here it takes far longer to get going
             max_position_embeddings=128,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            initializer_range=0.1,  # the usual 0.02 is for wide models; here it takes far longer to get going
             pad_token_id=tokenizer.pad_token_id,
         )
-        return BertForMaskedLM(config).to(dtype).eval(), tokenizer, tokenizer.mask_token_id
-    folder = Path(name_or_path)
-    folder = (checkpoints(folder) or [folder])[-1]  # a run's folder stands for its newest checkpoint
-    if not (folder / "config.json").is_file():
+        return BertForMaskedLM(config).to(device, dtype).eval(), tokenizer, tokenizer.mask_token_id
+
+    folder = find_checkpoint(name_or_path, device)
+    if (folder / "adapter_config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        model, tokenizer, mask_id = load_model(adapter["base_model_name_or_path"], device, dtype)
+        add_lora(model, adapter["r"], adapter["lora_alpha"])
+        model.load_state_dict(lora_weights(model, load_file(folder / "adapter_model.safetensors")), strict=False)
+        return model, tokenizer, mask_id
+
+    raw = json.loads((folder / "config.json").read_text())
+    architecture, config, key_mapping = native_architecture(raw, name_or_path)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in architecture(config).parameters())
+    refuse_on_cpu(name_or_path, size, device)
+    model, loaded = architecture.from_pretrained(
+        folder, config=config, key_mapping=key_mapping, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loaded[problem]:
+            names = ", ".join(sorted(map(str, loaded[problem]))[:5])
+            raise ValueError(f"{name_or_path}: {problem.replace('_', ' ')}: {names} ({len(loaded[problem])} in all)")
+    tokenizer_class = Qwen2Tokenizer if raw["model_type"] == "Dream" else AutoTokenizer  # Dream's own is remote code
+    tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
+    if mask_id is None:
+        raise ValueError(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
+    model.raw_config, model.name_or_path = raw, str(name_or_path)
+    return model.to(device).eval(), tokenizer, mask_id
+
+
+def native_architecture(raw: dict, name: str):
+    """(class, config, key_mapping) of transformers for a checkpoint's config.json. Raises ValueError for what is none of ours."""
+    kind = raw.get("model_type")
+    if kind == "bert":
+        return BertForMaskedLM, BertConfig(**raw), None
+    if kind == "Dream":
+        ours = {key: value for key, value in raw.items() if key not in ("auto_map", "architectures", "model_type")}
+        return Qwen2ForCausalLM, Qwen2Config(**ours | {"is_causal": False, "logits_shift": 1, "use_cache": False}), None
+    if kind != "llada":
+        raise ValueError(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
+    expected = {
+        "block_type": "llama",
+        "layer_norm_type": "rms",
+        "activation_type": "silu",
+        "alibi": False,
+        "rope": True,
+    }
+    expected |= {
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "attention_layer_norm": False,
+    }
+    for key, value in expected.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{name}: config.json has {key} = {raw[key]!r}; as a Llama it would need {value!r}")
+    config = LlamaConfig(
+        is_causal=False,
+        hidden_size=raw["d_model"],
+        num_hidden_layers=raw["n_layers"],
+        num_attention_heads=raw["n_heads"],
+        num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
+        intermediate_size=raw["mlp_hidden_size"],
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        rope_theta=raw["rope_theta"],
+        max_position_embeddings=raw["max_sequence_length"],
+        tie_word_embeddings=raw["weight_tying"],
+        use_cache=False,
+    )
+    return LlamaForCausalLM, config, LLADA_WEIGHTS
+
+
+LLADA_WEIGHTS = {r"^model\.transformer\.wte\.": "model.embed_tokens.", r"^model\.transformer\.ln_f\.": "model.norm."}
+LLADA_WEIGHTS |= {r"^model\.transformer\.ff_out\.": "lm_head."}
+LLADA_WEIGHTS |= {
+    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
+    for theirs, ours in {
+        "attn_norm": "input_layernorm",
+        "ff_norm": "post_attention_layernorm",
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
+        "v_proj": "self_attn.v_proj",
+        "attn_out": "self_attn.o_proj",
+        "ff_proj": "mlp.gate_proj",
+        "up_proj": "mlp.up_proj",
+        "ff_out": "mlp.down_proj",
+    }.items()
+}
+
+
+def find_checkpoint(name: str, device: str | torch.device) -> Path:
+    """The folder of a checkpoint: the path itself (for a run, its newest checkpoint), or what the hub has by that name.
+
+    Raises ValueError within seconds where it cannot be had, or is too big for where it is to go.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        folder = (checkpoints(folder) or [folder])[-1]
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{name}: no config.json or adapter_config.json in this folder, so it is no checkpoint")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name}: no such folder; give 'tiny', a folder, or a hub id like GSAI-ML/LLaDA-8B-Instruct")
+    return from_hub(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja"], device)
+
+
+def from_hub(name: str, kind: str, files: list[str], device: str | torch.device | None = None) -> Path:
+    """The folder of a hub repository ("model" or "dataset"), downloaded, or from the cache where the hub is out of reach.
+
+    One short question first: the hub's own clients retry for minutes before they say that there is no network.
+    """
+    online = True
+    try:
+        info = HfApi().repo_info(name, repo_type=kind, timeout=5)
+        if kind == "model":
+            refuse_on_cpu(name, info.safetensors.total if info.safetensors else 0, device)
+    except RepositoryNotFoundError:
+        raise ValueError(f"{name}: there is no such {kind} on the hub") from None
+    except ValueError:
+        raise
+    except Exception:  # noqa: BLE001 - no network: which exception that is depends on the hub's HTTP client
+        online = False
+    try:
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=not online))
+    except OSError:
+        option = "--model FOLDER of a downloaded checkpoint" if kind == "model" else "--data FOLDER of downloaded files"
         raise ValueError(
-            f"{name_or_path} is not a checkpoint: no config.json in it. Give 'tiny' or a checkpoint's folder"
+            f"the {kind} {name} is not in the cache and the hub cannot be reached: give {option}, point HF_HOME at a "
+            "cache that has it, or run plain `python agrpo.py`, which needs nothing"
+        ) from None
+
+
+def refuse_on_cpu(name: str, size: int, device: str | torch.device) -> None:
+    if torch.device(device).type == "cpu" and size > 2e9:
+        raise ValueError(
+            f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: run it where there is a GPU, give a small "
+            "checkpoint by --model, or run plain `python agrpo.py`"
         )
-    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return model.eval(), tokenizer, tokenizer.mask_token_id
+
+
+# --- LoRA
+
+
+class LoRALinear(torch.nn.Module):
+    """W x + (alpha / r) B A x, with W frozen and A, B in float32 (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, base: torch.nn.Linear, r: int, alpha: float):
+        super().__init__()
+        self.base_layer, self.r, self.alpha = base, r, alpha
+        where = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = torch.nn.Parameter(torch.empty(r, base.in_features, **where))
+        self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, r, **where))  # so that nothing changes at first
+        torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = torch.nn.functional.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        return self.base_layer(x) + self.alpha / self.r * torch.nn.functional.linear(low, self.lora_B.to(x.dtype))
+
+
+def add_lora(model, r: int, alpha: float) -> None:
+    """Freeze a model and put LoRA on each of its linear layers, the output head left out."""
+    model.requires_grad_(False)
+    for name, module in list(model.base_model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.base_model.get_submodule(parent), child, LoRALinear(module, r, alpha))
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """peft's names in a file -> this model's names. Raises ValueError where the file is for another model."""
+    ours = {f"base_model.model.{name}.{part}.weight": f"{name}.{part}" for name in lora_layers(model) for part in PARTS}
+    if ours.keys() != saved.keys():
+        raise ValueError(
+            f"the adapter's weights are not this model's: {', '.join(sorted(ours.keys() ^ saved.keys())[:5])}"
+        )
+    return {ours[name]: tensor for name, tensor in saved.items()}
+
+
+PARTS = ("lora_A", "lora_B")
+
+
+def merge_lora(model):
+    """Add each B A into its W, in float32, and take LoRA away: the model is an ordinary checkpoint again."""
+    for name, layer in lora_layers(model).items():
+        base, delta = layer.base_layer, layer.alpha / layer.r * layer.lora_B.detach() @ layer.lora_A.detach()
+        base.weight.data = (base.weight.data.float() + delta).to(base.weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)
+    return model
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with."""
+    layers, folder = lora_layers(model), Path(folder)
+    if layers:
+        folder.mkdir(parents=True)
+        tensors = {
+            f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
+            for name, layer in layers.items()
+            for part in PARTS
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        first = next(iter(layers.values()))
+        config = {"peft_type": "LORA", "task_type": None, "r": first.r, "lora_alpha": first.alpha, "lora_dropout": 0.0}
+        config |= {"bias": "none", "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
+        config |= {"base_model_name_or_path": model.name_or_path, "inference_mode": True}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    else:
+        model.save_pretrained(folder)
+        if getattr(model, "raw_config", None):  # LLaDA's weights go back under LLaDA's names, so its config must too
+            (folder / "config.json").write_text(json.dumps(model.raw_config, indent=1))
+    tokenizer.save_pretrained(folder)
+
+
+# --- the tiny model
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -887,19 +1483,21 @@ def option(default, text: str):
 
 @dataclass
 class Settings:
-    """Every setting there is."""
+    """Every setting there is. The defaults are the tiny model's; RELEASE holds those that differ for an 8B model."""
 
-    task: Literal["sudoku"] = option("sudoku", "what to train on")
-    model: str = option("tiny", "'tiny' (pretrained on the spot, then cached) or the folder of a checkpoint")
-    data: str | None = option(None, "your own data; sudoku: a CSV of puzzles to test on (columns Puzzle, Solution)")
+    task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
+    model: str = option("tiny", "tiny (pretrained on the spot, then cached), a folder, or a hub id of LLaDA or Dream")
+    data: str | None = option(
+        None, "your data: for gsm8k and math a folder of train.* and test.*; else a file to test on"
+    )
     output_dir: str | None = option(None, "where the run goes; not given: a new folder under runs/")
     resume: str | None = option(None, "folder of an interrupted run to go on with; its own settings apply")
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
-    bf16: bool = option(False, "keep the model in bfloat16 (GPU)")
+    bf16: bool = option(False, "bfloat16 on a GPU; weights too, unless all of them are trained")
 
     max_steps: int = option(120, "updates: batches of rollouts to train on")
-    prompts_per_update: int = option(32, "prompts in an update")
+    prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
     k: int = option(2, "k: timesteps drawn for each completion; a forward and backward pass each")
     timestep_proposal: Literal["entropy", "uniform"] = option("entropy", "where timesteps are drawn more often")
@@ -912,7 +1510,7 @@ class Settings:
         "random", "which positions a step fills in; random is exact"
     )
     temperature: float = option(1.0, "tau: sampling temperature")
-    top_k: int = option(0, "sample from the k most probable tokens (0: from all)")
+    top_k: int = option(0, "sample from so many most probable tokens (0: from all)")
     top_p: float = option(1.0, "sample from the most probable tokens that make up this probability")
 
     updates_per_rollout: int = option(
@@ -931,19 +1529,28 @@ class Settings:
     adam_beta2: float = option(0.99, "AdamW's")
     weight_decay: float = option(0.01, "AdamW's")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    lora_rank: int = option(0, "r of LoRA on every linear layer but the head; 0 trains all weights")
+    lora_alpha: float = option(64.0, "alpha of LoRA")
     micro_batch: int = option(256, "(completion, timestep) pairs in memory at once; changes nothing else")
+    rollout_batch: int = option(512, "completions sampled at once, whole groups; prompts of one length need no padding")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
     eval_steps: list[int] = field(
         default_factory=lambda: [16, 8, 4, 2, 1],
         metadata={"help": "sampling steps to measure accuracy at, before and after"},
     )
+    eval_completion_length: int = option(16, "tokens in a completion when measuring")
+    eval_block_length: int = option(16, "block length when measuring")
+    eval_examples: int = option(0, "test examples to measure on (0: all)")
+    eval_every: int = option(0, "measure greedy accuracy at the first of eval_steps every so many updates (0: never)")
     eval_batch: int = option(384, "completions in a batch when measuring")
-    show_every: int = option(20, "print one completion every so many updates (0: never)")
+    show_every: int = option(20, "print a completion every so many updates (0: never)")
     save_every: int = option(20, "save a checkpoint every so many updates")
     keep_checkpoints: int = option(2, "checkpoints to keep, the newest")
+    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
 
     pretrain_steps: int = option(300, "tiny: steps of pretraining")
-    pretrain_batch: int = option(256, "tiny: completions in a pretraining step")
+    pretrain_batch: int = option(128, "tiny: completions in a pretraining step")
     pretrain_learning_rate: float = option(2e-3, "tiny: AdamW's in pretraining")
 
     def sampling(self, **changes) -> dict:
@@ -951,26 +1558,61 @@ class Settings:
         names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
         return {name: getattr(self, name) for name in names} | changes
 
+    def eval_sampling(self, steps: int, greedy: bool) -> dict:
+        """Those for measuring: as trained, or greedy low-confidence unmasking, the paper's protocol."""
+        changes = {
+            "completion_length": self.eval_completion_length,
+            "block_length": self.eval_block_length,
+            "steps": steps,
+        }
+        if greedy:
+            changes |= {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+        return self.sampling(**changes)
+
+
+# The official release's settings for LLaDA-8B, cut to one GPU: the batch of 16 prompts goes through it 8 completions at
+# a time. Accuracy is measured on fewer examples and steps than eval.py does.
+RELEASE = {
+    "bf16": True, "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
+    "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
+    "learning_rate": 5e-6, "lr_schedule": "cosine", "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
+    "eval_steps": [128, 64], "eval_completion_length": 256, "eval_block_length": 32, "eval_examples": 64,
+    "eval_every": 50, "eval_batch": 32, "show_every": 1, "save_every": 10,
+}  # fmt: skip
+
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Settings from the command line; with --resume, those of the run that is resumed. Exits with one sentence if wrong."""
+    """Settings from the command line, over the defaults for the task and model, or over those of the run to resume."""
     parser = HfArgumentParser(Settings, description="AGRPO (arXiv 2510.04019) in one file.", allow_abbrev=False)
     parser.error = refuse
-    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if args.resume:
-        saved = Path(args.resume) / "settings.json"
+    first, _ = parser.parse_known_args([word for word in (argv or sys.argv[1:]) if word not in ("-h", "--help")])
+    original = {}
+    if first.resume:
+        saved = Path(first.resume) / "settings.json"
         if not saved.is_file():
-            refuse(f"--resume {args.resume}: no run there (no settings.json); give the folder that the run printed")
-        parser.set_defaults(**json.loads(saved.read_text()) | {"output_dir": args.resume, "resume": args.resume})
-        (original,) = parser.parse_args_into_dataclasses(["--resume", args.resume], look_for_args_file=False)
-        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-        for name in (f.name for f in fields(Settings)):
-            if getattr(args, name) != getattr(original, name):
-                refuse(
-                    f"--{name} differs from the run that --resume goes on with ({getattr(original, name)}); leave it out"
-                )
-    check_settings(args)
+            refuse(f"--resume {first.resume}: no run there (no settings.json); give the folder that the run printed")
+        original = json.loads(saved.read_text()) | {"resume": first.resume, "output_dir": first.resume}
+        parser.set_defaults(**original)
+    else:
+        if first.task != "sudoku":
+            parser.set_defaults(model="GSAI-ML/LLaDA-8B-Instruct")
+            first, _ = parser.parse_known_args(
+                [word for word in (argv or sys.argv[1:]) if word not in ("-h", "--help")]
+            )
+        if first.model != "tiny" and not is_bert(first.model):
+            parser.set_defaults(**RELEASE)
+    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    for name, value in original.items():
+        if getattr(args, name) != value:
+            refuse(f"--{name} is {value} in the run that --resume goes on with, and stays so; leave it out")
     return args
+
+
+def is_bert(name: str) -> bool:
+    """Whether a folder holds the tiny model, whose defaults then apply."""
+    folder = Path(name)
+    config = (checkpoints(folder) or [folder])[-1] / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == "bert"
 
 
 def refuse(sentence: str):
@@ -978,53 +1620,75 @@ def refuse(sentence: str):
 
 
 def check_settings(args: Settings) -> None:
-    """Exit with one sentence on the first setting that cannot work, before anything is loaded or written."""
-    for name in ("max_steps", "show_every", "top_k", "weight_decay", "beta", "eps_high", "pretrain_steps", "seed"):
-        if not 0 <= getattr(args, name) < math.inf:
-            refuse(f"--{name} must be 0 or more, not {getattr(args, name)}")
-    for name in ("prompts_per_update", "k", "completion_length", "block_length", "steps", "updates_per_rollout"):
-        if getattr(args, name) < 1:
-            refuse(f"--{name} must be 1 or more, not {getattr(args, name)}")
-    for name in ("micro_batch", "eval_batch", "save_every", "keep_checkpoints", "pretrain_batch"):
-        if getattr(args, name) < 1:
-            refuse(f"--{name} must be 1 or more, not {getattr(args, name)}")
-    for name in ("temperature", "learning_rate", "max_grad_norm", "pretrain_learning_rate"):
-        if not 0 < getattr(args, name) < math.inf:
-            refuse(f"--{name} must be above 0, not {getattr(args, name)}")
-    for name in ("eps_low", "warmup_ratio", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            refuse(f"--{name} must be in [0, 1), not {getattr(args, name)}")
-    for name in ("top_p", "uniform_share"):
-        if not 0 < getattr(args, name) <= 1:
-            refuse(f"--{name} must be above 0 and at most 1, not {getattr(args, name)}")
+    """Raise ValueError with one sentence on the first setting that cannot work, before anything is loaded or written."""
+    bounds = {
+        "0 or more": "max_steps show_every top_k weight_decay beta eps_high pretrain_steps seed lora_rank eval_every eval_examples",
+        "1 or more": "prompts_per_update k completion_length block_length steps updates_per_rollout micro_batch eval_batch "
+        "save_every keep_checkpoints pretrain_batch rollout_batch eval_completion_length eval_block_length",
+        "above 0": "temperature learning_rate max_grad_norm pretrain_learning_rate lora_alpha",
+        "at least 0 and below 1": "eps_low warmup_ratio adam_beta1 adam_beta2",
+        "above 0 and at most 1": "top_p uniform_share",
+    }
+    within = {
+        "0 or more": lambda x: 0 <= x < math.inf,
+        "1 or more": lambda x: 1 <= x < math.inf,
+        "above 0": lambda x: 0 < x < math.inf,
+        "at least 0 and below 1": lambda x: 0 <= x < 1,
+        "above 0 and at most 1": lambda x: 0 < x <= 1,
+    }
+    for bound, names in bounds.items():
+        for name in names.split():
+            if not within[bound](getattr(args, name)):
+                raise ValueError(f"--{name} must be {bound}, not {getattr(args, name)}")
     if args.group_size < 2:
-        refuse(f"--group_size {args.group_size}: an advantage compares completions of one prompt, so use at least 2")
-    for name, steps in [("steps", args.steps)] + [("eval_steps", steps) for steps in args.eval_steps]:
-        try:
-            tokens_per_step(args.completion_length, args.block_length, steps)
-        except ValueError as error:
-            refuse(f"--{name}, --block_length or --completion_length: {error}")
+        raise ValueError(
+            f"--group_size {args.group_size}: an advantage compares completions of one prompt; use 2 or more"
+        )
+    if args.model == "tiny" and args.task != "sudoku":
+        raise ValueError(f"--model tiny knows only sudoku; for {args.task} give a LLaDA or Dream checkpoint by --model")
+    lengths = (args.completion_length, args.block_length), (args.eval_completion_length, args.eval_block_length)
+    for prefix, (completion_length, block_length) in zip(("", "eval_"), lengths):
+        for steps in args.eval_steps if prefix else [args.steps]:
+            try:
+                tokens_per_step(completion_length, block_length, steps)
+            except ValueError as error:
+                where = f"--{prefix}steps, --{prefix}block_length, --{prefix}completion_length"
+                raise ValueError(f"{where} do not fit together: {error}") from None
+    if args.rollout_batch % args.group_size:
+        raise ValueError(f"--rollout_batch {args.rollout_batch} must be a multiple of --group_size {args.group_size}")
+    at_once = args.rollout_batch // args.group_size * world_size()
+    if args.prompts_per_update % at_once:
+        raise ValueError(
+            f"--prompts_per_update {args.prompts_per_update} must be a multiple of {at_once}: the prompts in --rollout_batch "
+            f"{args.rollout_batch} at --group_size {args.group_size}, times {world_size()} process(es)"
+        )
+    package = {"none": "torch", "tensorboard": "tensorboard", "wandb": "wandb"}[args.report_to]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"--report_to {package} needs the package {package}: pip install {package}")
+    run = Path(args.output_dir)
+    if not args.resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
 
 
-def pretrained_model(task: Task, args: Settings, device: torch.device):
-    """(model, tokenizer, mask_id) to start from. The tiny model is pretrained first, or read from the cache beside the run."""
+def starting_model(task: Task, args: Settings, device: torch.device):
+    """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside the run."""
+    keep_half = args.bf16 and device.type == "cuda" and args.lora_rank > 0
+    dtype = torch.bfloat16 if keep_half else torch.float32
     if args.model != "tiny":
-        model, tokenizer, mask_id = load_model(args.model, torch.bfloat16 if args.bf16 else torch.float32)
-        return model.to(device), tokenizer, mask_id
-    recipe = (args.task, args.seed, args.pretrain_steps, args.pretrain_batch, args.pretrain_learning_rate)
+        return load_model(args.model, device, dtype)
+    recipe = (args.seed, args.pretrain_steps, args.pretrain_batch, args.pretrain_learning_rate)
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
     cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{digest}"
-    if not cache.exists():
+    if not cache.exists() and rank() == 0:
         torch.manual_seed(args.seed)
-        model, tokenizer, mask_id = load_model("tiny")
-        examples = [(task.prompt(example), example["solution"]) for example in task.examples("train", args)]
-        pretrain(model.to(device), tokenizer, mask_id, examples, args)
-        aside = cache.with_suffix(f".{os.getpid()}")
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        model, tokenizer, mask_id = load_model("tiny", device)
+        examples = [(task.prompt(example, tokenizer), example["solution"]) for example in task.examples("train", args)]
+        pretrain(model, tokenizer, mask_id, examples, args)
+        aside = cache.with_name(f"{cache.name}.{os.getpid()}")
+        save_model(model, tokenizer, aside)
         aside.rename(cache)
-    model, tokenizer, mask_id = load_model(str(cache), torch.bfloat16 if args.bf16 else torch.float32)
-    return model.to(device), tokenizer, mask_id
+    any_rank(False)  # the others wait
+    return load_model(str(cache), device, dtype)
 
 
 def measure(
@@ -1032,24 +1696,23 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Accuracy at each of eval_steps: of the sampler that is trained, and of greedy low-confidence unmasking."""
     table = {}
-    samplers = {
-        "as trained": {},
-        "greedy": {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0},
-    }
-    for name, changes in samplers.items():
-        table[name] = {}
-        for steps in tqdm(args.eval_steps, desc=f"accuracy, {name}", leave=False):
-            sampling = args.sampling(steps=steps, **changes)
-            records = evaluate(model, tokenizer, mask_id, task, examples, args.eval_batch, seed=0, **sampling)
-            table[name][str(steps)] = sum(record["correct"] for record in records) / len(records)
+    for sampler in SAMPLERS:
+        table[sampler] = {}
+        for steps in tqdm(args.eval_steps, desc=f"accuracy, {sampler}", leave=False, disable=rank() > 0):
+            sampling = args.eval_sampling(steps, greedy=sampler == "greedy")
+            with autocast(model, args):
+                records = evaluate(model, tokenizer, mask_id, task, examples, args.eval_batch, seed=0, **sampling)
+            table[sampler][str(steps)] = accuracy(records)
     return table
+
+
+SAMPLERS = ("as trained", "greedy")
 
 
 def print_table(results: dict, args: Settings) -> None:
     trained = f"as trained ({args.unmasking} unmasking, temperature {args.temperature:g})"
-    titles = {"as trained": trained, "greedy": "greedy (low-confidence unmasking, temperature 0)"}
     print(f"\nAccuracy on {results['examples']} test examples, by sampling steps (trained with {args.steps})")
-    for sampler, title in titles.items():
+    for sampler, title in zip(SAMPLERS, (trained, "greedy (low-confidence unmasking, temperature 0)")):
         print(f"\n  {title:50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
         for stage in ("base", "AGRPO"):
             print(
@@ -1062,39 +1725,56 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_settings(argv)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.output_dir is None:
         name = f"{args.task}-{Path(args.model).name}-seed{args.seed}"
         names = [name] + [f"{name}-{n}" for n in range(2, 10_000)]
         args.output_dir = str(next(Path("runs") / name for name in names if not (Path("runs") / name).exists()))
     run, task = Path(args.output_dir), TASKS[args.task]
-    if not args.resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
-        refuse(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
     try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-        test = task.examples("test", args)
-        if args.model != "tiny" and not args.resume:
-            load_model(args.model)
+        check_settings(args)
+        device = torch.zeros(1, device=args.device).device
+        test = task.examples("test", args)[: args.eval_examples or None]
+        task.examples("train", args)
+        if args.model != "tiny":
+            find_checkpoint(args.model, device)
     except (ValueError, RuntimeError, AssertionError) as error:
         refuse(str(error).splitlines()[0])
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "settings.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=1))
+    any_rank(False)  # every process has looked before one of them writes
+    if rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "settings.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=1))
 
-    model, tokenizer, mask_id = pretrained_model(task, args, device)
+    try:
+        model, tokenizer, mask_id = starting_model(task, args, device)
+    except ValueError as error:
+        refuse(str(error))
+    say = print if rank() == 0 else lambda *words: None
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
+    say(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
     results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
-    ref_model = copy.deepcopy(model).requires_grad_(False) if args.beta > 0 else None
+    ref_model = None
+    if args.beta > 0:  # a frozen copy; with LoRA the weights are frozen anyway, so the copy shares them
+        ref_model = copy.deepcopy(model, {id(p): p for p in model.parameters()} if args.lora_rank else {})
+        ref_model.requires_grad_(False)
     if checkpoints(run):
-        model, tokenizer, mask_id = load_model(str(run), model.dtype)
-        model.to(device)
+        model, tokenizer, mask_id = load_model(str(run), device, model.dtype)
+    elif args.lora_rank:
+        torch.manual_seed(args.seed)
+        add_lora(model, args.lora_rank, args.lora_alpha)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if not train(model, tokenizer, mask_id, task, args, ref_model):
         refuse(f"stopped; nothing is lost. Go on with: python agrpo.py --resume {run}")
     results["AGRPO"] = measure(model, tokenizer, mask_id, task, test, args)
-    (run / "results.json").write_text(json.dumps(results, indent=1))
-    print_table(results, args)
+    if rank() == 0:
+        (run / "results.json").write_text(json.dumps(results, indent=1))
+        print_table(results, args)
     minutes, seconds = divmod(round(time.time() - began), 60)
-    print(f"\n{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
+    say(f"\n{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":
