@@ -63,6 +63,7 @@ from typing import Literal
 import tokenizers
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -102,16 +103,27 @@ class Rollout:
     kept: Tensor | None = None  # (B, C, K) int64, ids that top-k and top-p left to choose from; -1 fills up to K
 
 
-def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+def logits_at(
+    model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, merge: bool = False
+) -> Tensor:
     """Logits at the given positions only: the output head never sees the rest of the sequence.
 
     input_ids (N, L) int64; attention_mask (N, L) bool, or None where nothing is padding (leaves the way free for flash
-    attention); positions (N, n) int64 in [0, L). Returns (N, n, V) in the model's dtype, differentiable.
+    attention); positions (N, n) int64 in [0, L). merge: one pass for all rows that are equal, as the completions of one
+    prompt are at step 0. Returns (N, n, V) in the model's dtype, differentiable.
     """
+    same = None
+    if merge:
+        seen = input_ids if attention_mask is None else input_ids.masked_fill(~attention_mask, -1)
+        same = seen.unique(dim=0, return_inverse=True)[1]  # (N,): equal rows share a number
+        one_of = same.new_zeros(int(same.max()) + 1).scatter_(0, same, torch.arange(len(same), device=same.device))
+        input_ids, attention_mask = input_ids[one_of], None if attention_mask is None else attention_mask[one_of]
     where = {"attention_mask": attention_mask}
     if attention_mask is not None:  # count positions from the first real token, so that padding changes nothing
         where["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(input_ids=input_ids, **where).last_hidden_state  # (N, L, D)
+    hidden = model.base_model(input_ids=input_ids, **where).last_hidden_state  # (N, L, D), fewer rows where merged
+    if same is not None:
+        hidden = hidden.index_select(0, same)
     positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about i
     hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (N, n, D)
     head = model.cls if hasattr(model, "cls") else model.lm_head  # BERT's head has a layer of its own
@@ -221,7 +233,9 @@ def sample(
         masked = start + noise.argsort(1)  # (R, m): the block's masked positions, m of them left
         for count in per_step:
             looked_at = masked[:, :count] if unmasking == "random" else masked
-            logits = logits_at(model, ids[rows], None if attention is None else attention[rows], P + looked_at)
+            logits = logits_at(
+                model, ids[rows], None if attention is None else attention[rows], P + looked_at, merge=t == 0
+            )
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, m, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, m, K or V)
             gumbel = -torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log()
@@ -326,7 +340,7 @@ def step_logps(
     n = int(revealed.sum(1).max())
     where = revealed.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n)
     attention = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, prompt_mask.new_ones(state.shape)], 1)
-    logits = logits_at(model, torch.cat([prompt, state], 1), attention, P + where)  # (N, n, V)
+    logits = logits_at(model, torch.cat([prompt, state], 1), attention, P + where, merge=True)  # (N, n, V)
 
     token = completion.gather(1, where)[..., None]  # (N, n, 1)
     if rollout.kept is None:
@@ -857,6 +871,7 @@ class Task:
     question: Callable[[dict], str]
     is_right: Callable[[dict, str], bool]  # (example, answer) -> whether it is right
     plain: Callable[[dict], str] | None = None
+    credit: Callable[[dict, str], float] = lambda example, answer: 0.0  # for a wrong answer too, from 0 to 1
     picture: Callable[[dict, str], str] | None = None  # (example, answer) -> how a person would look at it
 
     def prompt(self, example: dict, tokenizer) -> str:
@@ -877,11 +892,15 @@ class Task:
         return answer is not None and self.is_right(example, answer)
 
     def reward(self, example: dict, completion: str, chat: bool) -> float:
-        """What training maximises: 3 for a right answer and 0.5 for each of the two pairs of tags; plain: 1 if right."""
-        right = self.correct(example, completion, chat)
+        """What training maximises: 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags; for
+        plain completions 1 for a right answer, and partial credit."""
+        answer = self.answer(completion, chat)
+        right, credit = (self.is_right(example, answer), self.credit(example, answer)) if answer is not None else (0, 0)
         if not chat and self.plain:
-            return float(right)
-        return 3.0 * right + sum(0.5 for tag in ("reasoning", "answer") if inside_tags(completion, tag) is not None)
+            return right + credit
+        return (
+            3 * right + credit + sum(0.5 for tag in ("reasoning", "answer") if inside_tags(completion, tag) is not None)
+        )
 
     def show(self, example: dict, completion: str, chat: bool) -> str:
         verdict = "right" if self.correct(example, completion, chat) else "wrong"
@@ -954,22 +973,20 @@ COLUMNS = [[4 * r + c for r in range(4)] for c in range(4)]
 BOXES = [[8 * r + 2 * c + i for i in (0, 1, 4, 5)] for r in range(2) for c in range(2)]
 
 
-def is_grid(text: str) -> bool:
-    """Whether text is a full 4x4 Sudoku grid: 16 digits, 1 to 4 once in every row, column and box."""
-    return len(text) == 16 and all({text[i] for i in unit} == set("1234") for unit in ROWS + COLUMNS + BOXES)
+UNITS = ROWS + COLUMNS + BOXES
 
 
 def all_grids() -> list[str]:
     """All 288 4x4 grids, always in the same order."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     bands = [a + b for a, b in itertools.product(rows, rows) if set(a[:2] + b[:2]) == set(a[2:] + b[2:]) == set("1234")]
-    return [a + b for a, b in itertools.product(bands, bands) if is_grid(a + b)]
+    return [a + b for a, b in itertools.product(bands, bands) if sudoku_credit({"puzzle": "0" * 16}, a + b) == 1]
 
 
 def sudoku_examples(split: str, args: "Settings") -> list[dict]:
     """Puzzles of 10 to 14 blanks; most have several solutions, and any of them is right.
 
-    240 of the 288 grids are for training (16 puzzles each, drawn with the seed) and 48 for testing (8 puzzles each,
+    240 of the 288 grids are for training (64 puzzles each, drawn with the seed) and 48 for testing (8 puzzles each,
     the same for every seed). With --data, the test puzzles are the file's (columns Puzzle and Solution).
     """
     if split == "test" and args.data:
@@ -986,7 +1003,7 @@ def sudoku_examples(split: str, args: "Settings") -> list[dict]:
     grids = random.Random("grids").sample(all_grids(), 288)
     rng = random.Random(f"{args.seed} puzzles" if split == "train" else "test puzzles")
     puzzles = []
-    for grid in grids[:240] * 16 if split == "train" else grids[240:] * 8:
+    for grid in grids[:240] * 64 if split == "train" else grids[240:] * 8:
         blank = rng.sample(range(16), rng.randint(10, 14))
         puzzles.append({"puzzle": "".join("0" if i in blank else grid[i] for i in range(16)), "solution": grid})
     return puzzles
@@ -1004,8 +1021,15 @@ def sudoku_question(example: dict) -> str:
 
 def sudoku_right(example: dict, answer: str) -> bool:
     """Whether the answer is a full grid that keeps every clue of the puzzle."""
+    return sudoku_credit(example, answer) == 1
+
+
+def sudoku_credit(example: dict, answer: str) -> float:
+    """The share of rows, columns and boxes that hold 1 to 4 once; 0 if the answer is not 16 cells that keep the clues."""
     cells = "".join(answer[:100].split())
-    return is_grid(cells) and all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells))
+    if len(cells) != 16 or not all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells)):
+        return 0.0
+    return sum({cells[i] for i in unit} == set("1234") for unit in UNITS) / len(UNITS)
 
 
 def sudoku_picture(example: dict, answer: str) -> str:
@@ -1168,7 +1192,14 @@ def math_verify():
 
 
 TASKS = {
-    "sudoku": Task(sudoku_examples, sudoku_question, sudoku_right, lambda example: example["puzzle"], sudoku_picture),
+    "sudoku": Task(
+        examples=sudoku_examples,
+        question=sudoku_question,
+        is_right=sudoku_right,
+        plain=lambda example: example["puzzle"],
+        credit=sudoku_credit,
+        picture=sudoku_picture,
+    ),
     "countdown": Task(countdown_examples, countdown_question, countdown_right),
     "gsm8k": Task(gsm8k_examples, gsm8k_question, gsm8k_right),
     "math": Task(math_examples, math_question, math_right),
@@ -1496,16 +1527,16 @@ class Settings:
     device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
     bf16: bool = option(False, "bfloat16 on a GPU; weights too, unless all of them are trained")
 
-    max_steps: int = option(120, "updates: batches of rollouts to train on")
+    max_steps: int = option(400, "updates: batches of rollouts to train on")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(2, "k: timesteps drawn for each completion; a forward and backward pass each")
+    k: int = option(1, "k: timesteps drawn for each completion; a forward and backward pass each")
     timestep_proposal: Literal["entropy", "uniform"] = option("entropy", "where timesteps are drawn more often")
     uniform_share: float = option(0.1, "share of uniform mixed into the entropy proposal; bounds its weights")
 
     completion_length: int = option(16, "tokens in a completion")
     block_length: int = option(16, "blocks are unmasked from left to right; must divide completion_length")
-    steps: int = option(4, "T: sampling steps for a completion")
+    steps: int = option(2, "T: sampling steps for a completion")
     unmasking: Literal["random", "low_confidence"] = option(
         "random", "which positions a step fills in; random is exact"
     )
@@ -1522,9 +1553,9 @@ class Settings:
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
 
-    learning_rate: float = option(2e-4, "AdamW's, after warm-up")
-    lr_schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up")
-    warmup_ratio: float = option(0.01, "share of the updates spent warming up")
+    learning_rate: float = option(5e-4, "AdamW's, after warm-up")
+    lr_schedule: Literal["constant", "cosine"] = option("cosine", "learning rate after warm-up")
+    warmup_ratio: float = option(0.05, "share of the updates spent warming up")
     adam_beta1: float = option(0.9, "AdamW's")
     adam_beta2: float = option(0.99, "AdamW's")
     weight_decay: float = option(0.01, "AdamW's")
@@ -1544,13 +1575,13 @@ class Settings:
     eval_examples: int = option(0, "test examples to measure on (0: all)")
     eval_every: int = option(0, "measure greedy accuracy at the first of eval_steps every so many updates (0: never)")
     eval_batch: int = option(384, "completions in a batch when measuring")
-    show_every: int = option(20, "print a completion every so many updates (0: never)")
-    save_every: int = option(20, "save a checkpoint every so many updates")
+    show_every: int = option(50, "print a completion every so many updates (0: never)")
+    save_every: int = option(50, "save a checkpoint every so many updates")
     keep_checkpoints: int = option(2, "checkpoints to keep, the newest")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
 
     pretrain_steps: int = option(300, "tiny: steps of pretraining")
-    pretrain_batch: int = option(128, "tiny: completions in a pretraining step")
+    pretrain_batch: int = option(256, "tiny: completions in a pretraining step")
     pretrain_learning_rate: float = option(2e-3, "tiny: AdamW's in pretraining")
 
     def sampling(self, **changes) -> dict:
@@ -1575,7 +1606,7 @@ class Settings:
 RELEASE = {
     "bf16": True, "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "learning_rate": 5e-6, "lr_schedule": "cosine", "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
+    "learning_rate": 5e-6, "warmup_ratio": 0.01, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
     "eval_steps": [128, 64], "eval_completion_length": 256, "eval_block_length": 32, "eval_examples": 64,
     "eval_every": 50, "eval_batch": 32, "show_every": 1, "save_every": 10,
 }  # fmt: skip
@@ -1601,7 +1632,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             )
         if first.model != "tiny" and not is_bert(first.model):
             parser.set_defaults(**RELEASE)
-    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    args, *unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown[-1]:
+        refuse(f"there is no option {unknown[-1][0]}; --help lists them all")
     for name, value in original.items():
         if getattr(args, name) != value:
             refuse(f"--{name} is {value} in the run that --resume goes on with, and stays so; leave it out")
@@ -1722,6 +1755,8 @@ def print_table(results: dict, args: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     began = time.time()
+    transformers.logging.set_verbosity_error()  # what goes wrong in loading is refused below, in a sentence
+    transformers.logging.disable_progress_bar()
     args = parse_settings(argv)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
