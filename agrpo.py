@@ -2,8 +2,10 @@
 
     python agrpo.py                          teach a tiny mask predictor 4x4 Sudoku: minutes, on a CPU, nothing to download
     python agrpo.py --data puzzles.csv       the same, measured on your puzzles (columns Puzzle, Solution; 0 is a blank)
+    python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (also: math, countdown)
+    torchrun --nproc_per_node 8 agrpo.py --task gsm8k             the same on eight
     python agrpo.py --resume RUN_DIR         go on with an interrupted run
-    python agrpo.py --help                   every setting, with its default
+    python agrpo.py --task gsm8k --help      every setting, with its default for the task
 
 A masked diffusion language model is a mask predictor: shown a prompt and a partly masked completion, it returns a
 distribution over tokens for every masked position. It writes by unmasking: all masks at first, a few positions filled
@@ -26,7 +28,7 @@ The paper's letters, and the words for them in this file:
     q             prompt                       (B, P) token ids, padded on the left; B = prompts x group size
     o             completion                   (B, C) token ids
     s_t           state at step t              the completion with everything filled at step t or later masked again
-    U_t           revealed                     the positions that step t fills in
+    U_t           revealed                     the positions that step t fills in, a few of the block it works on
     T             steps, num_steps             sampling steps; what one row really took (rows that end early take fewer)
     k             k                            sampled timesteps a row, k << T: an update costs k passes a row, not T
     G             group_size                   completions of one prompt
@@ -89,16 +91,14 @@ from transformers import (
 
 @dataclass
 class Rollout:
-    """B completions and how each came about: one trajectory of the unmasking process a row."""
+    """B completions and how each came about: one trajectory of the unmasking process a row. (float64 for such a model.)"""
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
     completion: Tensor  # (B, C) int64; EOS from where the row had ended
     step: Tensor  # (B, C) int64, the step that filled each position; -1 where the row had already ended
-    logp: (
-        Tensor  # (B, C) float32 (float64 for a float64 model), nats, under the policy that sampled; 0 where step is -1
-    )
-    entropy: Tensor  # (B, T) like logp, nats, summed over the tokens that each step filled in
+    logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
+    entropy: Tensor  # (B, T) float32, nats, summed over the tokens that each step filled in
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
     kept: Tensor | None = None  # (B, C, K) int64, ids that top-k and top-p left to choose from; -1 fills up to K
 
@@ -138,8 +138,7 @@ def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, t
     """
     if not top_k and top_p >= 1:
         return None
-    banned = torch.tensor([mask_id], device=logits.device)
-    top, kept = logits.index_fill(-1, banned, -math.inf).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    top, kept = _without(logits, mask_id).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
     drop = top == -math.inf
     if top_p < 1:
         probability = (_wide(top) / temperature).softmax(-1)
@@ -154,14 +153,17 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
     or float64 for float64 logits. The sampler and the gradient both call this: one policy, one definition.
     """
     if kept is None:
-        banned = torch.tensor([mask_id], device=logits.device)
-        return (_wide(logits).index_fill(-1, banned, -math.inf) / temperature).log_softmax(-1)
+        return (_without(_wide(logits), mask_id) / temperature).log_softmax(-1)
     logits = _wide(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
     return (logits / temperature).log_softmax(-1)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 is too coarse for log-probabilities
+
+
+def _without(logits: Tensor, mask_id: int) -> Tensor:
+    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, -math.inf)
 
 
 def tokens_per_step(completion_length: int, block_length: int, steps: int) -> list[int]:
@@ -971,8 +973,6 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 ROWS = [[4 * r + c for c in range(4)] for r in range(4)]
 COLUMNS = [[4 * r + c for r in range(4)] for c in range(4)]
 BOXES = [[8 * r + 2 * c + i for i in (0, 1, 4, 5)] for r in range(2) for c in range(2)]
-
-
 UNITS = ROWS + COLUMNS + BOXES
 
 
@@ -990,10 +990,8 @@ def sudoku_examples(split: str, args: "Settings") -> list[dict]:
     the same for every seed). With --data, the test puzzles are the file's (columns Puzzle and Solution).
     """
     if split == "test" and args.data:
-        puzzles = [
-            {"puzzle": r["Puzzle"], "solution": r["Solution"]}
-            for r in read_rows(args.data, split, ("Puzzle", "Solution"))
-        ]
+        rows = read_rows(args.data, split, ("Puzzle", "Solution"))
+        puzzles = [{"puzzle": row["Puzzle"], "solution": row["Solution"]} for row in rows]
         for number, example in enumerate(puzzles, start=1):
             puzzle, solution = example.values()
             if not re.fullmatch("[0-4]{16}", puzzle) or not sudoku_right(example, solution):
@@ -1261,7 +1259,10 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None:
         raise ValueError(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
-    model.raw_config, model.name_or_path = raw, str(name_or_path)
+    model.raw_config, model.name_or_path = (
+        raw,
+        str(Path(name_or_path).resolve() if Path(name_or_path).exists() else name_or_path),
+    )
     return model.to(device).eval(), tokenizer, mask_id
 
 
@@ -1275,53 +1276,45 @@ def native_architecture(raw: dict, name: str):
         return Qwen2ForCausalLM, Qwen2Config(**ours | {"is_causal": False, "logits_shift": 1, "use_cache": False}), None
     if kind != "llada":
         raise ValueError(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
-    expected = {
-        "block_type": "llama",
-        "layer_norm_type": "rms",
-        "activation_type": "silu",
-        "alibi": False,
-        "rope": True,
-    }
-    expected |= {
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "input_emb_norm": False,
-        "attention_layer_norm": False,
-    }
-    for key, value in expected.items():
+    llama = {"block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "alibi": False, "rope": True}
+    llama |= dict.fromkeys(("include_bias", "include_qkv_bias", "input_emb_norm", "attention_layer_norm"), False)
+    for key, value in llama.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{name}: config.json has {key} = {raw[key]!r}; as a Llama it would need {value!r}")
-    config = LlamaConfig(
-        is_causal=False,
-        hidden_size=raw["d_model"],
-        num_hidden_layers=raw["n_layers"],
-        num_attention_heads=raw["n_heads"],
-        num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
-        intermediate_size=raw["mlp_hidden_size"],
-        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=raw["rope_theta"],
-        max_position_embeddings=raw["max_sequence_length"],
-        tie_word_embeddings=raw["weight_tying"],
-        use_cache=False,
-    )
+    theirs = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "vocab_size": "embedding_size",
+        "rms_norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+    }
+    missing = [key for key in theirs.values() if raw.get(key) is None]
+    if missing:
+        raise ValueError(f"{name}: config.json lacks {', '.join(missing)}")
+    config = LlamaConfig(is_causal=False, use_cache=False, **{ours: raw[key] for ours, key in theirs.items()})
     return LlamaForCausalLM, config, LLADA_WEIGHTS
 
 
-LLADA_WEIGHTS = {r"^model\.transformer\.wte\.": "model.embed_tokens.", r"^model\.transformer\.ln_f\.": "model.norm."}
-LLADA_WEIGHTS |= {r"^model\.transformer\.ff_out\.": "lm_head."}
-LLADA_WEIGHTS |= {
-    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
+LLADA_WEIGHTS = {  # LLaDA's names -> Llama's, as patterns
+    rf"^model\.transformer\.{theirs}\.": f"{ours}."
     for theirs, ours in {
-        "attn_norm": "input_layernorm",
-        "ff_norm": "post_attention_layernorm",
-        "q_proj": "self_attn.q_proj",
-        "k_proj": "self_attn.k_proj",
-        "v_proj": "self_attn.v_proj",
-        "attn_out": "self_attn.o_proj",
-        "ff_proj": "mlp.gate_proj",
-        "up_proj": "mlp.up_proj",
-        "ff_out": "mlp.down_proj",
+        "wte": "model.embed_tokens",
+        "ln_f": "model.norm",
+        "ff_out": "lm_head",
+        r"blocks\.(\d+)\.attn_norm": r"model.layers.\1.input_layernorm",
+        r"blocks\.(\d+)\.ff_norm": r"model.layers.\1.post_attention_layernorm",
+        r"blocks\.(\d+)\.q_proj": r"model.layers.\1.self_attn.q_proj",
+        r"blocks\.(\d+)\.k_proj": r"model.layers.\1.self_attn.k_proj",
+        r"blocks\.(\d+)\.v_proj": r"model.layers.\1.self_attn.v_proj",
+        r"blocks\.(\d+)\.attn_out": r"model.layers.\1.self_attn.o_proj",
+        r"blocks\.(\d+)\.ff_proj": r"model.layers.\1.mlp.gate_proj",
+        r"blocks\.(\d+)\.up_proj": r"model.layers.\1.mlp.up_proj",
+        r"blocks\.(\d+)\.ff_out": r"model.layers.\1.mlp.down_proj",
     }.items()
 }
 
@@ -1473,13 +1466,15 @@ def pretrain(model, tokenizer, mask_id: int, examples: list[tuple[str, str]], ar
     """Teach a fresh model (prompt, completion) pairs with the masked-diffusion ELBO (arXiv 2406.07524).
 
     Each completion has its tokens masked with probability t ~ U(0, 1); the loss is the cross-entropy of the masked ones,
-    weighted 1/t: an upper bound on -log p(completion | prompt).
+    weighted 1/t: an upper bound on -log p(completion | prompt). It stops early, at a given loss: every seed then starts
+    AGRPO from an equally good model, one that knows the rules and is not yet sure of them.
     """
-    encode = lambda texts: tokenizer(list(texts), add_special_tokens=False, return_tensors="pt")["input_ids"]
-    prompts, completions = map(encode, zip(*examples))
+    prompts, completions = (
+        tokenizer(list(texts), add_special_tokens=False, return_tensors="pt")["input_ids"] for texts in zip(*examples)
+    )
     P, C = prompts.shape[1], completions.shape[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.pretrain_learning_rate)
-    bar = tqdm(range(args.pretrain_steps), desc="pretraining", unit="step")
+    bar, losses = tqdm(range(args.pretrain_steps), desc="pretraining", unit="step"), []
     for step in bar:
         rng = generator("cpu", args.seed, "pretrain", step)
         rows = torch.randint(len(prompts), (args.pretrain_batch,), generator=rng)
@@ -1500,7 +1495,12 @@ def pretrain(model, tokenizer, mask_id: int, examples: list[tuple[str, str]], ar
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix_str(f"-ELBO {loss.item():.2f} nats")
+        losses.append(loss.item())
+        recent = sum(losses[-25:]) / len(losses[-25:])
+        bar.set_postfix_str(f"-ELBO {recent:.2f} nats")
+        if recent < args.pretrain_until and step >= 25:
+            break
+    bar.close()
 
 
 # ======================================================================================================================
@@ -1580,7 +1580,8 @@ class Settings:
     keep_checkpoints: int = option(2, "checkpoints to keep, the newest")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
 
-    pretrain_steps: int = option(300, "tiny: steps of pretraining")
+    pretrain_steps: int = option(400, "tiny: steps of pretraining at the most")
+    pretrain_until: float = option(3.2, "tiny: stop pretraining when -ELBO, over 25 steps, is down to so many nats")
     pretrain_batch: int = option(256, "tiny: completions in a pretraining step")
     pretrain_learning_rate: float = option(2e-3, "tiny: AdamW's in pretraining")
 
@@ -1616,7 +1617,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     """Settings from the command line, over the defaults for the task and model, or over those of the run to resume."""
     parser = HfArgumentParser(Settings, description="AGRPO (arXiv 2510.04019) in one file.", allow_abbrev=False)
     parser.error = refuse
-    first, _ = parser.parse_known_args([word for word in (argv or sys.argv[1:]) if word not in ("-h", "--help")])
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+    first, _ = parser.parse_known_args(words)
     original = {}
     if first.resume:
         saved = Path(first.resume) / "settings.json"
@@ -1627,9 +1629,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     else:
         if first.task != "sudoku":
             parser.set_defaults(model="GSAI-ML/LLaDA-8B-Instruct")
-            first, _ = parser.parse_known_args(
-                [word for word in (argv or sys.argv[1:]) if word not in ("-h", "--help")]
-            )
+            first, _ = parser.parse_known_args(words)
         if first.model != "tiny" and not is_bert(first.model):
             parser.set_defaults(**RELEASE)
     args, *unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
@@ -1655,8 +1655,8 @@ def refuse(sentence: str):
 def check_settings(args: Settings) -> None:
     """Raise ValueError with one sentence on the first setting that cannot work, before anything is loaded or written."""
     bounds = {
-        "0 or more": "max_steps show_every top_k weight_decay beta eps_high pretrain_steps seed lora_rank eval_every eval_examples",
-        "1 or more": "prompts_per_update k completion_length block_length steps updates_per_rollout micro_batch eval_batch "
+        "0 or more": "show_every top_k weight_decay beta eps_high pretrain_steps pretrain_until seed lora_rank eval_every eval_examples",
+        "1 or more": "max_steps prompts_per_update k completion_length block_length steps updates_per_rollout micro_batch eval_batch "
         "save_every keep_checkpoints pretrain_batch rollout_batch eval_completion_length eval_block_length",
         "above 0": "temperature learning_rate max_grad_norm pretrain_learning_rate lora_alpha",
         "at least 0 and below 1": "eps_low warmup_ratio adam_beta1 adam_beta2",
@@ -1709,8 +1709,8 @@ def starting_model(task: Task, args: Settings, device: torch.device):
     dtype = torch.bfloat16 if keep_half else torch.float32
     if args.model != "tiny":
         return load_model(args.model, device, dtype)
-    recipe = (args.seed, args.pretrain_steps, args.pretrain_batch, args.pretrain_learning_rate)
-    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+    recipe = {name: value for name, value in asdict(args).items() if "pretrain" in name or name == "seed"}
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{digest}"
     if not cache.exists() and rank() == 0:
         torch.manual_seed(args.seed)
@@ -1743,14 +1743,15 @@ SAMPLERS = ("as trained", "greedy")
 
 
 def print_table(results: dict, args: Settings) -> None:
+    """Accuracies before and, where they are there already, after training."""
     trained = f"as trained ({args.unmasking} unmasking, temperature {args.temperature:g})"
     print(f"\nAccuracy on {results['examples']} test examples, by sampling steps (trained with {args.steps})")
     for sampler, title in zip(SAMPLERS, (trained, "greedy (low-confidence unmasking, temperature 0)")):
         print(f"\n  {title:50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
-        for stage in ("base", "AGRPO"):
-            print(
-                f"    {stage:48s}" + "".join(f"{results[stage][sampler][str(steps)]:7.3f}" for steps in args.eval_steps)
-            )
+        for stage in (stage for stage in ("base", "AGRPO") if stage in results):
+            row = results[stage][sampler]
+            print(f"    {stage:48s}" + "".join(f"{row[str(steps)]:7.3f}" for steps in args.eval_steps))
+    print()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1791,6 +1792,8 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(p.numel() for p in model.parameters())
     say(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
     results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
+    if rank() == 0:
+        print_table(results, args)
     ref_model = None
     if args.beta > 0:  # a frozen copy; with LoRA the weights are frozen anyway, so the copy shares them
         ref_model = copy.deepcopy(model, {id(p): p for p in model.parameters()} if args.lora_rank else {})
@@ -1809,7 +1812,7 @@ def main(argv: list[str] | None = None) -> None:
         (run / "results.json").write_text(json.dumps(results, indent=1))
         print_table(results, args)
     minutes, seconds = divmod(round(time.time() - began), 60)
-    say(f"\n{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
+    say(f"{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

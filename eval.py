@@ -65,7 +65,7 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list[dict], opt
             records.append({"example": start + i, "prompt": prompt, "completion": text} | verdict | counts)
             if start + i < options.show:
                 pieces = tokenizer.batch_decode(rollout.completion[i, :, None], skip_special_tokens=True)
-                records[-1] |= {"pieces": [piece or "·" for piece in pieces], "step": rollout.step[i].tolist()}
+                records[-1] |= {"pieces": [visible(piece) for piece in pieces], "step": rollout.step[i].tolist()}
     if world_size() > 1:
         shares: list = [None] * world_size()
         dist.all_gather_object(shares, records)
@@ -155,6 +155,11 @@ def measure(name: str, model, tokenizer, mask_id: int, task: Task, examples: lis
 # ======================================================================================================================
 # 2. For the eye: unmasking step by step, a table, bars, a plot
 # ======================================================================================================================
+
+
+def visible(piece: str) -> str:
+    """The text of a token as something to look at: · for EOS, and nothing that would move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in piece) or "·"
 
 
 def replay(pieces: list[str], step: list[int]) -> Iterator[list[tuple[str, bool]]]:

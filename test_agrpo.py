@@ -299,7 +299,8 @@ def test_sampler_keeps_its_promises(unmasking, cut):
     sampling = PLAIN | {"completion_length": 12, "block_length": block, "steps": 8, "unmasking": unmasking} | cut
     with passes_seen(model) as seen:
         rollout = write(model, torch.arange(4) % 2 * prompt_mask, prompt_mask=prompt_mask, **sampling)
-    assert seen["sequences"] == rollout.num_steps.sum()  # rows that have ended leave the batch
+    # Rows that have ended leave the batch; at step 0 only the 4 prompts differ, and rows that are alike share a pass.
+    assert seen["sequences"] == rollout.num_steps.sum() - 64 + 4
     assert len(rollout.num_steps.unique()) > 2  # the case is worth testing: rows end here and there
     assert not (rollout.completion == MASK).any()
     for completion, step, length in zip(*(x.tolist() for x in (rollout.completion, rollout.step, rollout.num_steps))):
@@ -643,12 +644,13 @@ def test_update_at_full_k_has_no_noise_and_nothing_is_wasted():
     exact = update_of(*given, k=4, **options)
     for k, micro_batch, seed in [(4, 1000, 1), (6, 9, 2)]:
         assert_same(update_of(*given, k=k, micro_batch=micro_batch, generator=seeded(seed), **options), exact)
-    learning = e.rollout.num_steps[advantage != 0]
+    learning = advantage != 0
     for k in (1, 3, 4):
         with passes_seen(e.model) as seen:
-            figures = agrpo.policy_gradient(*given, k=k, **options)
-        # The head sees the one token that each step fills in, not the sequence.
-        assert figures["passes"] == seen["sequences"] == seen["positions"] == learning.clamp(max=k).sum()
+            figures = agrpo.policy_gradient(*given, k=k, micro_batch=2000, **options)
+        # The head sees the one token that each step fills in, not the sequence; and equal states share a pass.
+        assert figures["passes"] == seen["positions"] == e.rollout.num_steps[learning].clamp(max=k).sum()
+    assert seen["sequences"] == len(e.state[learning][e.rollout.step[learning] >= 0].unique()) < seen["positions"]
     assert agrpo.policy_gradient(e.model, e.rollout, 0 * advantage, k=1, **options)["passes"] == 0
 
 
@@ -850,17 +852,18 @@ def test_kl_has_the_gradient_of_the_exact_kl_of_each_step(on_policy):
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "dream"])
 def test_logits_at_are_those_of_the_full_forward_pass(kind):
-    """Value and gradient, padded on the left or not, positions in any order; and the head sees no others."""
+    """Value and gradient, padded or not, merged or not, positions in any order; and the head sees no others."""
     model, tolerance = mask_predictor(kind), 1e-12 if kind == "bert" else 1e-5  # Llama's norms round to float32
-    ids, positions, weight = torch.arange(45).view(5, 9) ** 2 % 7 % 4, torch.tensor([8, 4, 6]), normal(0, 3, len(WORDS))
+    ids = (torch.arange(45).view(5, 9) ** 2 % 7 % 4)[[0, 1, 2, 3, 4, 0, 1]]
+    positions, weight = torch.tensor([8, 4, 6]), normal(0, 3, len(WORDS))
     full = model(input_ids=ids).logits
     exact = full[:, positions - int(kind == "dream")]
-    for padding in (0, 3):
-        padded = torch.cat([torch.full((5, padding), X), ids], 1)
-        attention_mask = (torch.arange(9 + padding) >= padding).expand(5, -1) if padding else None
+    for padding, merge in itertools.product((0, 3), (False, True)):
+        padded = torch.cat([torch.arange(7 * padding).view(7, padding) % 4, ids], 1)
+        attention_mask = (torch.arange(9 + padding) >= padding).expand(7, -1) if padding else None
         with passes_seen(model) as seen:
-            logits = agrpo.logits_at(model, padded, attention_mask, (positions + padding).expand(5, 3))
-        assert seen["positions"] == 5 * 3
+            logits = agrpo.logits_at(model, padded, attention_mask, (positions + padding).expand(7, 3), merge=merge)
+        assert seen == {"sequences": 5 if merge else 7, "positions": 7 * 3}
         torch.testing.assert_close(logits, exact, rtol=0, atol=tolerance)
         gradients = (gradient_of((x * weight).sum(), model) for x in (logits, exact))
         assert_same(*gradients, tolerance)
