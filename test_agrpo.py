@@ -10,19 +10,29 @@ likelihood, the expected reward, its gradient, the mean of an update over all tr
 """
 
 import itertools
+import json
 import math
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from functools import lru_cache, partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import agrpo
+import eval as curve  # under its own name it would hide a builtin
 from agrpo import Rollout, clipped_objective, draw_timesteps, group_advantages, kl_penalty, sample, step_logps
 
 torch.set_num_threads(1)  # tensors this small lose more between threads than they gain
@@ -986,10 +996,792 @@ def print_tables():
         print(f"   {kind:12s}{points[scheme]:32s}{figures}")
 
 
+# ======================================================================================================================
+# The command line, end to end
+# ======================================================================================================================
+
+SHORT = [
+    "--pretrain_steps",
+    "3",
+    "--pretrain_batch",
+    "8",
+    "--max_steps",
+    "4",
+    "--prompts_per_update",
+    "2",
+    "--group_size",
+    "4",
+    "--rollout_batch",
+    "8",
+]
+SHORT += ["--eval_steps", "4", "1", "--eval_examples", "8", "--save_every", "2", "--show_every", "2", "--device", "cpu"]
+
+
+def figures(run):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def generous_sudoku():
+    """Three steps of pretraining earn no reward, so there would be no gradient: pay for every odd character instead."""
+    with pytest.MonkeyPatch.context() as patch:
+        paid = replace(agrpo.TASKS["sudoku"], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)
+        patch.setitem(agrpo.TASKS, "sudoku", paid)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, generous_sudoku):
+    """A whole run, cut short: pretraining, measuring, 4 updates, measuring."""
+    folder = tmp_path_factory.mktemp("runs")
+    agrpo.main([*SHORT, "--output_dir", str(folder / "whole")])
+    return folder / "whole"
+
+
+def test_a_run_pretrains_trains_measures_and_saves(short_run):
+    """One command leaves metrics, samples, results and a checkpoint that loads again; the weights have moved."""
+    lines = figures(short_run)
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    assert {"reward", "accuracy", "clipfrac", "grad_norm", "entropy", "learning_rate", "passes"} <= lines[0].keys()
+    assert all(line["ratio"] == pytest.approx(1) and line["clipfrac"] == 0 for line in lines if line["passes"])
+    assert any(line["passes"] for line in lines)
+    results = json.loads((short_run / "results.json").read_text())
+    assert results["AGRPO"].keys() == {"as trained", "greedy"} and results["base"]["greedy"].keys() == {"4", "1"}
+    assert [path.name for path in agrpo.checkpoints(short_run)] == ["checkpoint-2", "checkpoint-4"]
+    trained, tokenizer, mask_id = agrpo.load_model(str(short_run))
+    base, _, _ = agrpo.load_model(str(next(short_run.parent.glob("pretrained-*"))))
+    assert tokenizer.mask_token_id == mask_id
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), base.parameters()))
+    assert (short_run / "completions.jsonl").read_text().count("\n") == 2
+
+
+def test_the_same_seed_gives_the_same_run(short_run, tmp_path):
+    """Same seed, same figures; another seed, others."""
+    agrpo.main([*SHORT, "--output_dir", str(tmp_path / "again")])
+    assert figures(tmp_path / "again") == figures(short_run)
+    agrpo.main([*SHORT, "--seed", "1", "--max_steps", "1", "--output_dir", str(tmp_path / "other")])
+    assert figures(tmp_path / "other")[0] != figures(short_run)[0]
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "killed", "killed while saving"])
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(how, short_run, tmp_path, monkeypatch):
+    """Stopped after the third update or killed during it, then resumed: the same metrics, bit for bit the same weights."""
+    run, report, save = tmp_path / "stopped", agrpo.reporter, agrpo.save_file
+
+    def stopping_reporter(args):
+        inner = report(args)
+
+        def reporting(metrics):
+            inner(metrics)
+            if metrics["update"] == 3 and how != "killed while saving":
+                if how == "killed":
+                    raise MemoryError("as good as a kill: nothing after this line runs")
+                signal.raise_signal(getattr(signal, how))
+
+        return reporting
+
+    def dying_save(tensors, path, **more):
+        if how == "killed while saving" and "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise MemoryError("killed in the middle of writing")
+        save(tensors, path, **more)
+
+    monkeypatch.setattr(agrpo, "reporter", stopping_reporter)
+    monkeypatch.setattr(agrpo, "save_file", dying_save)
+    with pytest.raises((SystemExit, MemoryError)):
+        agrpo.main([*SHORT, "--output_dir", str(run)])
+    assert [path.name for path in agrpo.checkpoints(run)][-1] == ("checkpoint-3" if "SIG" in how else "checkpoint-2")
+    monkeypatch.undo()
+    agrpo.main(["--resume", str(run)])
+    assert figures(run) == figures(short_run)
+    assert (run / "results.json").read_text() == (short_run / "results.json").read_text()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (run / "checkpoint-4" / name).read_bytes() == (short_run / "checkpoint-4" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    {
+        "--block_length 5": "does not divide",
+        "--steps 17": "must fill in at least one",
+        "--steps 3 --block_length 4": "multiple of 4",
+        "--group_size 1": "--group_size 1",
+        "--task chess": "invalid choice",
+        "--data no_such_file.csv": "no such file",
+        "--model no_such_folder": "no such folder",
+        "--resume no_such_run": "no run there",
+        "--k 0": "--k must be 1 or more",
+        "--temperature 0": "--temperature must be above 0",
+        "--temperature nan": "--temperature must be above 0",
+        "--top_p 1.5": "--top_p",
+        "--rollout_batch 100": "multiple of --group_size",
+        "--prompts_per_update 33": "multiple of 32",
+        "--no_such_option 1": "no_such_option",
+        "--max_steps few": "invalid int value",
+        "--task gsm8k --model tiny": "knows only sudoku",
+        "--device abacus": "abacus",
+    }.items(),
+)
+def test_bad_settings_stop_at_once_with_one_sentence(wrong, said, tmp_path, monkeypatch):
+    """Nothing is pretrained or written; the sentence names the setting."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        agrpo.main(wrong.split())
+    assert said in stop.value.code and stop.value.code.startswith("agrpo.py: ") and "\n" not in stop.value.code
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_is_never_overwritten_and_keeps_its_settings(short_run):
+    """A folder with a run in it is refused as a new one's; a resumed run refuses other settings."""
+    before = (short_run / "settings.json").read_text()
+    for argv, said in (["--output_dir"], "not empty"), (["--seed", "3", "--resume"], "--seed is 0"):
+        with pytest.raises(SystemExit, match=said):
+            agrpo.main([*argv, str(short_run)])
+    assert (short_run / "settings.json").read_text() == before
+
+
+# ======================================================================================================================
+# Tasks
+# ======================================================================================================================
+
+
+def test_sudoku_has_288_grids_and_tests_on_grids_never_trained_on():
+    """240 grids to train on, 48 others to test on, whatever the seed; each puzzle has 10 to 14 blanks and a solution."""
+    task = agrpo.TASKS["sudoku"]
+    train, test = (task.examples(split, agrpo.Settings(seed=5)) for split in ("train", "test"))
+    seen, held_out = ({example["solution"] for example in part} for part in (train, test))
+    assert (len(seen), len(held_out), len(seen | held_out)) == (240, 48, 288)
+    assert test == task.examples("test", agrpo.Settings(seed=6)) and train != task.examples("train", agrpo.Settings())
+    for example in train + test:
+        assert 10 <= example["puzzle"].count("0") <= 14 and agrpo.sudoku_right(example, example["solution"])
+
+
+def test_a_sudoku_answer_must_be_a_grid_that_keeps_the_clues():
+    """Any grid that fits is right; a grid that changes a clue earns nothing; a wrong one earns its share of units."""
+    example = {"puzzle": "0310200404001043"}
+    task = replace(agrpo.TASKS["sudoku"], credit=agrpo.sudoku_credit)
+    assert task.reward(example, "4312213434211243", chat=False) == 2
+    assert task.reward(example, "1234341221434321", chat=False) == 0
+    assert 0 < task.reward(example, "4312213434211143", chat=False) < 1
+    for nonsense in ("", "4312", "4312213434211243" * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣"):
+        assert task.reward(example, nonsense, chat=False) == 0
+
+
+def test_sudoku_files_keep_their_leading_zeros_and_bad_rows_are_named(tmp_path):
+    """A CSV read as numbers would lose the zeros; one that has lost them is refused with its row."""
+    file = tmp_path / "puzzles.csv"
+    file.write_text("Puzzle,Solution\n0310200404001043,4312213434211243\n1002020100030310,1432324141232314\n")
+    read = agrpo.TASKS["sudoku"].examples("test", agrpo.Settings(data=str(file)))
+    assert [example["puzzle"] for example in read] == ["0310200404001043", "1002020100030310"]
+    file.write_text("Puzzle,Solution\n1002020100030310,1432324141232314\n310200404001043,4312213434211243\n")
+    with pytest.raises(ValueError, match=r"row 2.*310200404001043"):
+        agrpo.TASKS["sudoku"].examples("test", agrpo.Settings(data=str(file)))
+    file.write_text("Question,Solution\n1,2\n")
+    with pytest.raises(ValueError, match="no column Puzzle"):
+        agrpo.TASKS["sudoku"].examples("test", agrpo.Settings(data=str(file)))
+
+
+GSM8K = {"gold": "1,234"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "1234",
+        "1,234",
+        "$1,234.00",
+        "1234.",
+        r"\boxed{1234}",
+        r"\boxed{1,234} apples",
+        "**1234**",
+        "= 1234 km",
+        r"\$1234",
+        "1234%",
+    ],
+)
+def test_gsm8k_answers_are_compared_as_numbers(answer):
+    """However it is written, the right number is right, and its negative or its double is wrong."""
+    assert agrpo.gsm8k_right(GSM8K, answer)
+    assert not agrpo.gsm8k_right({"gold": "-1234"}, answer) and not agrpo.gsm8k_right({"gold": "2468"}, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "1234 1234", "1233 or 1234", "1 234", "12,34", "1234/1", r"\boxed{1234} \boxed{1}", "x", "1234" * 99, "١٢٣٤"],
+)
+def test_gsm8k_refuses_what_is_not_one_number(answer):
+    """None, several, or an endless one: wrong."""
+    assert not agrpo.gsm8k_right(GSM8K, answer)
+
+
+def test_countdown_expressions_are_parsed_exactly_and_never_run():
+    """Each number once, four operations, exact fractions; anything else is a wrong answer, not an error."""
+    example = {"numbers": [30, 100, 93], "target": 23}
+    assert agrpo.countdown_right(example, "30 + 93 - 100") and agrpo.countdown_right(example, "(93-100)+30 = 23")
+    assert agrpo.countdown_right({"numbers": [8, 3, 8, 3], "target": 24}, "8/(3-8/3)")
+    wrong = [
+        "23",
+        "30+93-100+0",
+        "30+93-100=24",
+        "3093-100",
+        "30+93",
+        "30--93+100",
+        "30**93",
+        "30//93",
+        "1/0",
+        "(" * 90,
+    ]
+    wrong += [
+        "30+93-100" * 99,
+        "__import__('os')",
+        "",
+        "30+93-1_00",
+        "３０+93-100",
+        "30(93)100",
+        "-100+30+93",
+        "1e2-30-93",
+    ]
+    for answer in wrong:
+        assert not agrpo.countdown_right(example, answer), answer
+    assert agrpo.arithmetic("1/0") is None and agrpo.arithmetic("1/3") == Fraction(1, 3)
+    for split in ("train", "test"):
+        for problem in agrpo.TASKS["countdown"].examples(split, agrpo.Settings(task="countdown"))[:50]:
+            assert len(problem["numbers"]) == 3 and 0 < problem["target"] < 1000
+
+
+def test_rewards_count_tags_once_and_only_a_right_answer_scores_full_marks():
+    """3 for the answer, 0.5 for each pair of tags; a pair written twice, or the wrong way round, is none."""
+    task, example = agrpo.TASKS["countdown"], {"numbers": [1, 2, 3], "target": 9}
+    right = "<reasoning>r</reasoning><answer>(1 + 2) * 3</answer>"
+    for completion, reward in {
+        right: 4.0,
+        right.replace("* 3", "* 4"): 1.0,
+        "<answer>(1 + 2) * 3</answer>": 3.5,
+        "(1 + 2) * 3": 0.0,
+        right + "<answer>9</answer>": 0.5,
+        "</answer>(1 + 2) * 3<answer>": 0.0,
+        "<answer>" * 1000 + "(1+2)*3" + "</answer>" * 1000: 0.0,
+    }.items():
+        assert task.reward(example, completion, chat=True) == reward, completion
+
+
+# ======================================================================================================================
+# Models
+# ======================================================================================================================
+
+
+def chat_tokenizer():
+    tokenizer = agrpo.character_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    return tokenizer
+
+
+def llada_checkpoint(folder, width=32, layers=2, heads=4, kv_heads=2, vocabulary=128):
+    """A small random checkpoint as GSAI-ML/LLaDA-8B-Instruct's is laid out: its config, its names, a chat template."""
+    folder.mkdir(parents=True)
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(folder)
+    raw = {"model_type": "llada", "architectures": ["LLaDAModelLM"], "block_type": "llama", "activation_type": "silu"}
+    raw |= {"auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"}}
+    raw |= {
+        "d_model": width,
+        "n_layers": layers,
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "mlp_hidden_size": 3 * width,
+    }
+    raw |= {"vocab_size": vocabulary, "embedding_size": vocabulary, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+    raw |= {"max_sequence_length": 2048, "weight_tying": False, "layer_norm_type": "rms", "rope": True, "alibi": False}
+    raw |= {"include_bias": False, "mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
+    (folder / "config.json").write_text(json.dumps(raw))
+    narrow, top, generator = width // heads * kv_heads, "model.transformer.", torch.Generator().manual_seed(0)
+    shapes = {f"{top}wte": (vocabulary, width), f"{top}ln_f": (width,), f"{top}ff_out": (vocabulary, width)}
+    for i in range(layers):
+        block = f"{top}blocks.{i}."
+        shapes |= {block + "attn_norm": (width,), block + "ff_norm": (width,), block + "ff_out": (width, 3 * width)}
+        shapes |= {block + name: (3 * width, width) for name in ("ff_proj", "up_proj")}
+        shapes |= {block + "q_proj": (width, width), block + "attn_out": (width, width)}
+        shapes |= {block + name: (narrow, width) for name in ("k_proj", "v_proj")}
+    weights = {f"{name}.weight": 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    agrpo.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def dream_checkpoint(folder):
+    """A small random checkpoint as Dream-org/Dream-v0-Instruct-7B's is laid out: Qwen2's names, a slow BPE tokenizer."""
+    config = Qwen2Config(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": 257, "use_cache": False}
+    raw |= {"auto_map": {"AutoModel": "modeling_dream.DreamModel"}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    letters = [*bytes_to_unicode().values()]
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"256": "<|endoftext|>", "257": "<|mask|>"}
+    added = {i: {"content": text, "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+             for i, text in special.items()}  # fmt: skip
+    tokenizer = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    tokenizer |= {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "added_tokens_decoder": added,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+def test_llada_loads_as_a_llama_and_is_saved_under_its_own_names(tmp_path):
+    """Every weight arrives; attention looks both ways; saving gives LLaDA's names and config back, and loads again."""
+    weights = llada_checkpoint(tmp_path / "llada")
+    model, tokenizer, mask_id = agrpo.load_model(str(tmp_path / "llada"))
+    assert mask_id == tokenizer.mask_token_id and type(model).__name__ == "LlamaForCausalLM"
+    ids = torch.randint(5, 100, (1, 9), generator=torch.Generator().manual_seed(0))
+    logits, changed = model(ids).logits, ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 100
+    assert not torch.allclose(logits[0, 0], model(changed).logits[0, 0])  # the first position sees the last
+    agrpo.save_model(model, tokenizer, tmp_path / "saved")
+    saved = agrpo.load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
+    again, _, _ = agrpo.load_model(str(tmp_path / "saved"))
+    assert torch.equal(again(ids).logits, logits)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "model_type", "bias"])
+def test_a_checkpoint_that_is_not_what_it_should_be_is_refused_by_name(change, tmp_path):
+    """Missing or unexpected weights, another architecture, an option a Llama has not: an error that names it."""
+    weights, folder = llada_checkpoint(tmp_path / "llada"), tmp_path / "llada"
+    raw = json.loads((folder / "config.json").read_text())
+    if change == "missing":
+        del weights["model.transformer.blocks.1.k_proj.weight"]
+    if change == "unexpected":
+        weights["model.transformer.blocks.1.extra.weight"] = torch.zeros(3)
+    if change == "model_type":
+        raw["model_type"] = "gpt2"
+    if change == "bias":
+        raw["include_qkv_bias"] = True
+    (folder / "config.json").write_text(json.dumps(raw))
+    agrpo.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    said = {
+        "missing": "missing keys.*k_proj",
+        "unexpected": "unexpected keys.*extra",
+        "model_type": "gpt2",
+        "bias": "qkv_bias",
+    }
+    with pytest.raises(ValueError, match=said[change]):
+        agrpo.load_model(str(folder))
+
+
+def test_dream_reads_its_logits_one_place_to_the_left(tmp_path):
+    """logits_at hands out, for position i, what Dream computes at i - 1; the tokenizer loads without remote code."""
+    dream_checkpoint(tmp_path / "dream")
+    model, tokenizer, mask_id = agrpo.load_model(str(tmp_path / "dream"))
+    assert mask_id == 257 and tokenizer.eos_token_id == 256 and tokenizer("ab")["input_ids"] != []
+    ids, positions = torch.arange(12).view(2, 6), torch.tensor([[1, 5], [3, 2]])
+    expected = model(ids).logits.gather(1, (positions - 1)[..., None].expand(-1, -1, 300))
+    torch.testing.assert_close(agrpo.logits_at(model, ids, None, positions), expected)
+    agrpo.save_model(model, tokenizer, tmp_path / "saved")
+    again, _, mask_id = agrpo.load_model(str(tmp_path / "saved"))
+    assert mask_id == 257 and torch.equal(agrpo.logits_at(again, ids, None, positions), expected)
+
+
+def test_lora_starts_as_the_model_itself_and_is_saved_loaded_and_merged(tmp_path):
+    """New: no change. Trained: the adapter's folder loads to the same logits; merged: the same to rounding."""
+    llada_checkpoint(tmp_path / "llada")
+    model, tokenizer, _ = agrpo.load_model(str(tmp_path / "llada"))
+    ids = torch.arange(18).view(2, 9)
+    before = model(ids).logits
+    agrpo.add_lora(model, r=4, alpha=8.0)
+    assert torch.equal(model(ids).logits, before)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert len(agrpo.lora_layers(model)) == 2 * 7
+    for layer in agrpo.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    after = model(ids).logits
+    assert not torch.allclose(after, before)
+    agrpo.save_model(model, tokenizer, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").glob("adapter*")} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again, tokenizer, _ = agrpo.load_model(str(tmp_path / "adapter"))
+    assert torch.equal(again(ids).logits, after)
+    agrpo.save_model(agrpo.merge_lora(again), tokenizer, tmp_path / "merged")
+    merged, _, _ = agrpo.load_model(str(tmp_path / "merged"))
+    torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+
+
+LLADA_RUN = (
+    "--max_steps 2 --prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 --steps 4 "
+)
+LLADA_RUN += (
+    "--block_length 6 --eval_steps 4 --eval_completion_length 12 --eval_block_length 6 --eval_examples 2 --lora_rank 2"
+)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "countdown", "sudoku"])
+def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkeypatch):
+    """Chat prompts, release settings cut short, data from a file: to the end, and an adapter that loads."""
+    llada_checkpoint(tmp_path / "llada")
+    data = {
+        "gsm8k": ("train.jsonl", '{"question": "How much is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n' * 4),
+        "countdown": ("test.jsonl", '{"input": "30,100,93", "output": "23"}\n' * 4),
+        "sudoku": ("test.csv", "Puzzle,Solution\n0310200404001043,4312213434211243\n"),
+    }[task]
+    (tmp_path / data[0]).write_text(data[1])
+    if task == "gsm8k":
+        (tmp_path / "test.jsonl").write_text(data[1])
+    where = tmp_path if task == "gsm8k" else tmp_path / data[0]
+    rewards = iter(range(1000))  # a random model earns nothing: let every completion's reward differ
+    monkeypatch.setattr(agrpo.Task, "reward", lambda *_: float(next(rewards)))
+    argv = f"--task {task} --model {tmp_path / 'llada'} --data {where} --device cpu --output_dir {tmp_path / 'run'} {LLADA_RUN}"
+    agrpo.main(argv.split())
+    assert len(figures(tmp_path / "run")) == 2 and figures(tmp_path / "run")[0]["passes"] == 8
+    model, _, _ = agrpo.load_model(str(tmp_path / "run"))
+    assert any(layer.lora_B.abs().sum() > 0 for layer in agrpo.lora_layers(model).values())
+
+
+def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypatch):
+    """No network, nothing cached: no retries, no traceback."""
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(agrpo.HfApi, "repo_info", unreachable)
+    monkeypatch.setattr(agrpo, "snapshot_download", partial(agrpo.snapshot_download, cache_dir=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"hub cannot be reached.*--data FOLDER.*HF_HOME.*python agrpo.py"):
+        agrpo.main(["--task", "gsm8k", "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"hub cannot be reached.*--model FOLDER"):
+        agrpo.main(["--task", "countdown", "--device", "cpu"])
+    with pytest.raises(ValueError, match="too many for a CPU"):
+        agrpo.refuse_on_cpu("GSAI-ML/LLaDA-8B-Instruct", 8_000_000_000, "cpu")
+
+
+def gradient_of_a_share(rank: int, world: int, port: int, folder: str) -> None:
+    """One of `world` processes: the averaged gradient of its share of one rollout, written to a file by rank 0."""
+    torch.set_num_threads(1)
+    if world > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model, _, mask_id = agrpo.load_model("tiny")
+    prompt = torch.randint(4, 90, (8, 16), generator=torch.Generator().manual_seed(1))
+    sampling = {"completion_length": 8, "block_length": 8, "steps": 4, "temperature": 1.0, "unmasking": "random"}
+    rng = torch.Generator().manual_seed(2)
+    rollout = agrpo.sample(model, prompt, prompt > 0, mask_id=mask_id, eos_id=None, generator=rng, **sampling)
+    advantage = torch.tensor(
+        [1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
+    )  # with two processes, the second has nothing to do
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    mine = agrpo.Rollout(*(getattr(rollout, f.name)[share] for f in fields(agrpo.Rollout) if f.name != "kept"))
+    agrpo.policy_gradient(model, mine, advantage[share], k=4, mask_id=mask_id, temperature=1.0, on_policy=True)
+    agrpo.average_gradients(model)
+    if rank == 0:
+        gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        agrpo.save_file(gradient, f"{folder}/gradient-{world}.safetensors")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """Each takes half of the rows, and one half has no advantage at all: the average is the gradient of the whole."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    gradient_of_a_share(0, 1, port, str(tmp_path))
+    torch.multiprocessing.spawn(gradient_of_a_share, args=(2, port, str(tmp_path)), nprocs=2)
+    one, two = (agrpo.load_file(tmp_path / f"gradient-{world}.safetensors") for world in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+
+
+# ======================================================================================================================
+# eval.py: accuracy against sampling steps
+# ======================================================================================================================
+
+TRAINED_WITH = ["--unmasking", "random", "--temperature", "1"]
+
+
+def solved(puzzle: str, grid: str) -> bool:
+    """Whether a 4x4 grid keeps the clues and every row, column and box has 1 to 4: written apart from agrpo's."""
+    if len(grid) != 16 or not all(clue in "0" + cell for clue, cell in zip(puzzle, grid)):
+        return False
+    lines = [grid[i : i + 4] for i in (0, 4, 8, 12)] + [grid[i::4] for i in range(4)]
+    lines += [grid[i : i + 2] + grid[i + 4 : i + 6] for i in (0, 2, 8, 10)]
+    return all("".join(sorted(line)) == "1234" for line in lines)
+
+
+@pytest.fixture(scope="module")
+def half_known(tmp_path_factory, generous_sudoku):
+    """A folder with a model that knows 8 of 24 puzzles by heart, a run of training on top of it, and the puzzles.
+
+    A model that has learned nothing would have accuracy 0 everywhere, and equal figures would say nothing."""
+    folder = tmp_path_factory.mktemp("curve")
+    examples = agrpo.TASKS["sudoku"].examples("test", agrpo.Settings())[:24]
+    rows = [f"{example['puzzle']},{example['solution']}\n" for example in examples]
+    (folder / "puzzles.csv").write_text("Puzzle,Solution\n" + "".join(rows))
+    torch.manual_seed(0)
+    model, tokenizer, mask_id = agrpo.load_model("tiny")
+    known = [(example["puzzle"], example["solution"]) for example in examples[:8]]
+    agrpo.pretrain(model, tokenizer, mask_id, known, agrpo.Settings(pretrain_steps=150, pretrain_batch=16))
+    agrpo.save_model(model, tokenizer, folder / "base")
+    argv = f"--model {folder / 'base'} --data {folder / 'puzzles.csv'} --output_dir {folder / 'run'} --device cpu "
+    argv += (
+        "--max_steps 2 --learning_rate 2e-3 --prompts_per_update 2 --group_size 4 --rollout_batch 8 --eval_steps 4 2 1 "
+    )
+    agrpo.main((argv + "--eval_batch 10").split())
+    return folder
+
+
+def measured(folder, into, *more, base=True):
+    """eval.py on the run in half_known's folder: (what --output wrote, the lines that --save wrote)."""
+    argv = [str(folder / "run"), "--data", str(folder / "puzzles.csv"), "--device", "cpu", "--batch", "10"]
+    argv += ["--save", str(into / "all.jsonl"), "--output", str(into / "results.json"), "--steps", "4", "2", "1"]
+    curve.main([*argv, *(["--base", str(folder / "base")] if base else []), *more])
+    lines = [json.loads(line) for line in (into / "all.jsonl").read_text().splitlines()]
+    return json.loads((into / "results.json").read_text()), lines
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "as trained"])
+def test_eval_gives_the_figures_that_training_printed(sampler, half_known, tmp_path):
+    """Base and trained, at every number of steps: the same numbers, not nearly the same."""
+    found, _ = measured(half_known, tmp_path, *(TRAINED_WITH if sampler == "as trained" else []))
+    training = json.loads((half_known / "run" / "results.json").read_text())
+    shares = []
+    for name, theirs in ("base", "base"), ("trained", "AGRPO"):
+        ours = {steps: figures["accuracy"] for steps, figures in found["results"][name].items()}
+        assert ours == training[theirs][sampler]
+        shares += ours.values()
+    assert any(0 < share < 1 for share in shares)
+    assert found["arguments"]["steps"] == [4, 2, 1] and found["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_eval_counts_what_it_saved(samples, half_known, tmp_path):
+    """Accuracy, pass@N, majority vote, length and tokens a pass, counted again from the saved completions alone."""
+    more = [*TRAINED_WITH, "--samples", "3", "--seeds", "0", "1"] if samples > 1 else []
+    found, lines = measured(half_known, tmp_path, *more)
+    assert len(lines) == 2 * 3 * 24 * samples * (2 if more else 1)
+    assert all(line["correct"] == solved(line["prompt"], line["completion"]) for line in lines)
+    for name in ("base", "trained"):
+        for steps in (4, 2, 1):
+            mine = [line for line in lines if (line["model"], line["steps"]) == (name, steps)]
+            figures, right = found["results"][name][str(steps)], [solved(r["prompt"], r["completion"]) for r in mine]
+            assert figures["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-12)
+            assert figures["interval"][0] < figures["accuracy"] < figures["interval"][1] or figures["accuracy"] in (
+                0,
+                1,
+            )
+            assert figures["tokens_per_pass"] == 16 / steps
+            assert figures["length"] == pytest.approx(sum(len(r["completion"]) for r in mine) / len(mine))
+            if more:
+                groups = {(r["seed"], r["example"]): [] for r in mine}
+                for r in mine:
+                    groups[r["seed"], r["example"]].append(r["completion"])
+                puzzle = {r["example"]: r["prompt"] for r in mine}
+                assert {len(group) for group in groups.values()} == {3} and len(groups) == 48
+                any_right = [any(solved(puzzle[e], c) for c in group) for (_, e), group in groups.items()]
+                elected = [solved(puzzle[e], max(group, key=group.count)) for (_, e), group in groups.items()]
+                assert figures["pass@3"] == pytest.approx(sum(any_right) / 48)
+                assert figures["majority@3"] == pytest.approx(sum(elected) / 48)
+                of_seed = [[solved(r["prompt"], r["completion"]) for r in mine if r["seed"] == seed] for seed in (0, 1)]
+                assert figures["by_seed"] == pytest.approx([sum(part) / len(part) for part in of_seed])
+
+
+def test_wilson_intervals_by_hand():
+    """Against the closed form worked out by hand, with z = 1.959964; never outside 0 to 1."""
+    for right, n, low, high in (0, 10, 0, 0.277533), (8, 10, 0.490162, 0.943318), (50, 100, 0.403832, 0.596168):
+        assert curve.wilson(right / n, n) == pytest.approx((low, high), abs=1e-6)
+        assert curve.wilson(1 - right / n, n) == pytest.approx((1 - high, 1 - low), abs=1e-6)
+
+
+def test_majority_votes_compare_numbers_as_numbers():
+    """1,234 and $1234 are one candidate; no answer is no vote; of two that tie the earlier wins."""
+    said = lambda *answers: [{"answer": answer, "correct": answer in ("1,234", "$1234", "(1+2)")} for answer in answers]
+    assert curve.vote(said("7", "1,234", "$1234"), "gsm8k") and not curve.vote(said("7", "1,234", "$1234"), "countdown")
+    assert curve.vote(said(None, None, "(1+2)"), "countdown") and not curve.vote(said(None, None), "countdown")
+    assert curve.vote(said("1,234", "8"), "gsm8k") and not curve.vote(said("8", "1,234"), "gsm8k")
+    assert not curve.vote(said("no number", "no number", "8", "1,234"), "gsm8k")
+
+
+def grids(printed: str) -> list[list[str]]:
+    """What --show printed: for each example the completion after each step, read off the right half of each grid."""
+    shown = []
+    for block in printed.split("\n\n"):
+        lines = block.splitlines()
+        if lines and lines[0].startswith("Example"):
+            shown.append([])
+        if lines and lines[0].startswith("  step"):
+            shown[-1].append("".join(line.rpartition("   ")[2].replace(" ", "") for line in lines[1:]))
+    return shown
+
+
+@pytest.mark.parametrize("how", [[], TRAINED_WITH])
+def test_show_fills_in_each_position_once_and_ends_in_the_completion(how, half_known, tmp_path, capsys):
+    """Masks only ever become what they are at the end, as many a step as the sampler filled in; then the verdict."""
+    _, lines = measured(half_known, tmp_path, "--show", "2", *how, base=False)
+    printed = capsys.readouterr().out
+    shown = grids(printed)
+    assert len(shown) == 2 and "\033" not in printed
+    for example, frames in enumerate(shown):
+        line = next(line for line in lines if line["steps"] == 4 and line["example"] == example)
+        assert [frame.count("░") for frame in frames] == [12, 8, 4, 0] and frames[-1] == line["completion"]
+        for i in range(16):
+            seen = [frame[i] for frame in frames]
+            assert seen == ["░"] * seen.count("░") + [frames[-1][i]] * (4 - seen.count("░"))
+    verdicts = [solved(line["prompt"], line["completion"]) for line in lines if line["steps"] == 4][:2]
+    assert [line.strip() == "right" for line in printed.splitlines() if line.strip() in ("right", "wrong")] == verdicts
+
+
+def test_show_highlights_what_is_new_on_a_terminal_only(capsys, monkeypatch):
+    """The same text once the highlighting is taken away; each position highlighted once; a row that ended early shows
+    no mask that nothing will ever fill."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    record = {"example": 0, "prompt": "q", "passes": 2, "correct": False, "answer": None, "step": [1, 0, -1]}
+    record |= {"pieces": ["ab\n", "·", "·"]}
+    states = list(curve.replay(record["pieces"], record["step"]))
+    assert states == [[("░", False), ("·", True)], [("ab\n", True), ("·", False)]]
+    curve.show(agrpo.TASKS["gsm8k"], {}, record, chat=True, terminal=False)
+    plain = capsys.readouterr().out
+    curve.show(agrpo.TASKS["gsm8k"], {}, record, chat=True, terminal=True)
+    coloured = capsys.readouterr().out
+    assert coloured.count("\033[1;7m") == coloured.count("\033[0m") == 2 and "\033" not in plain
+    assert coloured.replace("\033[1;7m", "").replace("\033[0m", "") == plain
+    assert curve.visible("") == "·" and "\033" not in curve.visible("\033[2J")
+
+
+def test_table_and_bars_mark_where_intervals_part(capsys, monkeypatch):
+    """Hand-made figures: a mark beside the steps whose intervals do not overlap, and bars as long as the figures."""
+    rest = {"tokens_per_pass": 4.0, "length": 16.0, "seconds": 1.0}
+    figures = lambda p, low, high: {"accuracy": p, "interval": (low, high)} | rest
+    results = {"base": {"4": figures(0.5, 0.4, 0.6), "1": figures(0.1, 0.04, 0.2)}}
+    results |= {"trained": {"4": figures(0.6, 0.5, 0.7), "1": figures(0.5, 0.4, 0.6)}}
+    options = curve.Options(steps=[4, 1])
+    curve.print_table(results, options)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.endswith("*") for line in table if line.strip()[:2] in ("4 ", "1 ")] == [False, True]
+    curve.print_bars(results, width=50)
+    bars = [line for line in capsys.readouterr().out.splitlines() if line.endswith("00")]
+    assert [(bar.count("█"), bar.count("▒"), bar.count("·")) for bar in bars] == [
+        (20, 10, 20), (25, 10, 15), (2, 8, 40), (20, 10, 20)
+    ]  # fmt: skip
+    figure = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "matplotlib", mock.MagicMock())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", mock.MagicMock(Figure=figure))
+    curve.plot(results, "title", "curve.png")
+    drawn = figure.return_value.subplots.return_value.errorbar.call_args_list
+    assert [call.args for call in drawn] == [([4, 1], [0.5, 0.1]), ([4, 1], [0.6, 0.5])]
+    assert drawn[1].kwargs["yerr"] == [pytest.approx([0.1, 0.1]), pytest.approx([0.1, 0.1])]
+    assert figure.return_value.savefig.call_args.args == ("curve.png",)
+
+
+def test_eval_works_on_an_adapter_and_on_a_merged_checkpoint(tmp_path, capsys):
+    """The paper's protocol by default; completions are those of the model that each folder holds."""
+    llada_checkpoint(tmp_path / "llada")
+    model, tokenizer, _ = agrpo.load_model(str(tmp_path / "llada"))
+    agrpo.add_lora(model, r=4, alpha=8.0)
+    torch.manual_seed(0)
+    for layer in agrpo.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    agrpo.save_model(model, tokenizer, tmp_path / "adapter")
+    agrpo.save_model(agrpo.merge_lora(model), tokenizer, tmp_path / "merged")
+    (tmp_path / "test.jsonl").write_text('{"input": "30,100,93", "output": "23"}\n' * 2)
+
+    options = curve.parse_options([str(tmp_path / "adapter")])
+    assert options.steps == [256, 128, 64, 32] and (options.completion_length, options.block_length) == (256, 32)
+    assert (options.unmasking, options.temperature, options.samples, options.bf16) == ("low_confidence", 0, 1, True)
+    argv = f"{tmp_path / 'adapter'} --base {tmp_path / 'merged'} --task countdown --data {tmp_path / 'test.jsonl'} --device cpu "
+    argv += "--completion_length 12 --block_length 6 --steps 4 2 --show 1 "
+    curve.main((argv + f"--save {tmp_path / 'all.jsonl'}").split())
+    assert "step 4 of 4" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 2
+    sampling = {"completion_length": 12, "block_length": 6, "unmasking": "low_confidence", "temperature": 0.0}
+    for name, folder in ("trained", "adapter"), ("base", "merged"):
+        model, tokenizer, mask_id = agrpo.load_model(str(tmp_path / folder))
+        for steps in (4, 2):
+            mine = [line for line in lines if (line["model"], line["steps"]) == (name, steps)]
+            _, texts = agrpo.complete(
+                model, tokenizer, mask_id, [r["prompt"] for r in mine], None, steps=steps, **sampling
+            )
+            assert [r["completion"] for r in mine] == texts and "30, 100, 93" in mine[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    {
+        "": "which CHECKPOINT",
+        "no_such_folder": "no such folder",
+        "tiny": "no weights yet",
+        "BASE --base no_such_folder": "no such folder",
+        "BASE --steps 17": "do not fit together",
+        "BASE --steps 4 2 4": "--steps has 4 twice",
+        "BASE --steps few": "invalid int value",
+        "BASE --seeds 0 1": "--seeds: at temperature 0",
+        "BASE --samples 4": "--samples: at temperature 0",
+        "BASE --samples 0": "--samples must be 1 or more",
+        "BASE --temperature nan": "--temperature must be 0 or more",
+        "BASE --top_p 0": "--top_p must be above 0",
+        "BASE --task gsm8k": "knows only sudoku",
+        "BASE --data no_such_file.csv": "no such file",
+        "BASE --completion_length 256 --block_length 256": "128 positions",
+        "BASE --device abacus": "abacus",
+        "BASE --no_such_option 1": "no_such_option",
+        "BASE --save old": "--save old is there already",
+        "BASE --output old": "--output old is there already",
+        "BASE --plot old": "--plot old is there already",
+        "BASE --output no/such/results.json": "no such folder",
+        "BASE --plot curve.docx": ".png",
+        "BASE --plot curve.png": "pip install matplotlib",
+    }.items(),
+)
+def test_eval_refuses_in_one_sentence(wrong, said, half_known, tmp_path, monkeypatch):
+    """Before any work; nothing is written, and nothing that is there is touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    Path("old").write_text("precious")
+    with pytest.raises(SystemExit) as stop:
+        curve.main(wrong.replace("BASE", str(half_known / "base")).split())
+    assert said in stop.value.code and stop.value.code.startswith("eval.py: ") and "\n" not in stop.value.code
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and Path("old").read_text() == "precious"
+
+
+def test_two_processes_share_out_the_examples_and_count_each_once(half_known, tmp_path):
+    """torchrun with two processes writes, line for line, what one process writes."""
+    argv = [str(half_known / "run"), "--data", str(half_known / "puzzles.csv"), "--device", "cpu", "--steps", "4", "1"]
+    argv += ["--batch", "5"]  # five batches for two processes: 15 and 9 examples
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", curve.__file__]
+    written = {}
+    for processes in (1, 2):
+        files = ["--save", str(tmp_path / f"{processes}.jsonl"), "--output", str(tmp_path / f"{processes}.json")]
+        if processes == 1:
+            curve.main([*argv, *files])
+        else:
+            subprocess.run([*launch, *argv, *files], check=True, timeout=300, capture_output=True)
+        found = json.loads((tmp_path / f"{processes}.json").read_text())
+        assert found["versions"]["processes"] == processes
+        for figures in found["results"]["trained"].values():
+            del figures["seconds"]
+        written[processes] = (tmp_path / f"{processes}.jsonl").read_text(), found["results"]
+    assert written[1] == written[2]
+    lines = [json.loads(line) for line in written[2][0].splitlines()]
+    assert [line["example"] for line in lines] == [*range(24), *range(24)]
+
+
 if __name__ == "__main__":
     print_tables()
-
-
-# ======================================================================================================================
-# Command line and end to end
-# ======================================================================================================================
