@@ -1588,7 +1588,8 @@ def test_eval_counts_what_it_saved(samples, half_known, tmp_path):
                 1,
             )
             assert figures["tokens_per_pass"] == 16 / steps
-            assert figures["length"] == pytest.approx(sum(len(r["completion"]) for r in mine) / len(mine))
+            characters = sum(len(r["completion"]) for r in mine) / len(mine)
+            assert characters <= figures["length"] <= min(16, characters + 0.5)  # a special token has no characters
             if more:
                 groups = {(r["seed"], r["example"]): [] for r in mine}
                 for r in mine:
