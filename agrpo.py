@@ -408,7 +408,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
-    groups = rewards.view(-1, group_size)  # (B / G, G)
+    groups = _wide(rewards).view(-1, group_size)  # (B / G, G); whole numbers become float32
     advantage = groups - groups.mean(1, keepdim=True)
     # A group of equal rewards has nothing to say: exactly 0, whatever rounding made of its mean.
     advantage = advantage.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0)
@@ -567,7 +567,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_mo
         seconds_rollout = time.time() - clock
 
         # Rewards and advantages.
-        rewards = torch.tensor([task.reward(example, text, chat) for example, text in zip(batch, texts)])
+        rewards = torch.tensor([task.reward(example, text, chat) for example, text in zip(batch, texts)]).float()
         correct = [task.correct(example, text, chat) for example, text in zip(batch, texts)]
         advantage = group_advantages(rewards.to(device), args.group_size, args.scale_by_std)
 

@@ -736,6 +736,7 @@ def test_advantages_by_hand():
     torch.testing.assert_close(group_advantages(rewards, 3), expected)
     torch.testing.assert_close(group_advantages(rewards, 3, True) * (math.sqrt(1 / 3) + 1e-4), expected)
     assert not group_advantages(rewards, 3)[3:].any() and not group_advantages(rewards, 3, True)[3:].any()
+    torch.testing.assert_close(group_advantages(torch.tensor([1, 0, 0]), 3), expected[:3])  # whole numbers too
     with pytest.raises(ValueError):
         group_advantages(rewards, 4)
 
@@ -1432,9 +1433,12 @@ LLADA_RUN += (
 )
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "countdown", "sudoku"])
-def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkeypatch):
-    """Chat prompts, release settings cut short, data from a file: to the end, and an adapter that loads."""
+@pytest.mark.parametrize("task, earns", [("gsm8k", True), ("gsm8k", False), ("countdown", True), ("sudoku", True)])
+def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, earns, tmp_path, monkeypatch):
+    """Chat prompts, release settings cut short, data from a file: to the end, and an adapter that loads.
+
+    A random model earns nothing, so there is nothing to learn and no pass is made; or every completion's reward differs.
+    """
     llada_checkpoint(tmp_path / "llada")
     data = {
         "gsm8k": ("train.jsonl", '{"question": "How much is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n' * 4),
@@ -1445,13 +1449,14 @@ def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkey
     if task == "gsm8k":
         (tmp_path / "test.jsonl").write_text(data[1])
     where = tmp_path if task == "gsm8k" else tmp_path / data[0]
-    rewards = iter(range(1000))  # a random model earns nothing: let every completion's reward differ
-    monkeypatch.setattr(agrpo.Task, "reward", lambda *_: float(next(rewards)))
+    if earns:
+        rewards = iter(range(1000))
+        monkeypatch.setattr(agrpo.Task, "reward", lambda *_: next(rewards))
     argv = f"--task {task} --model {tmp_path / 'llada'} --data {where} --device cpu --output_dir {tmp_path / 'run'} {LLADA_RUN}"
     agrpo.main(argv.split())
-    assert len(figures(tmp_path / "run")) == 2 and figures(tmp_path / "run")[0]["passes"] == 8
+    assert [line["passes"] for line in figures(tmp_path / "run")] == [8 * earns] * 2
     model, _, _ = agrpo.load_model(str(tmp_path / "run"))
-    assert any(layer.lora_B.abs().sum() > 0 for layer in agrpo.lora_layers(model).values())
+    assert any(layer.lora_B.abs().sum() > 0 for layer in agrpo.lora_layers(model).values()) == earns
 
 
 def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypatch):
