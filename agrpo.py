@@ -535,7 +535,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_mo
     Under torchrun each process rolls out its share of the prompts, and gradients are averaged.
     """
     run, device = Path(args.output_dir), model.device
-    examples, held_out = task.examples("train", args), task.examples("test", args)
+    examples, held_out = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
     chat = tokenizer.chat_template is not None
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
