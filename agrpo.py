@@ -57,7 +57,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -394,6 +394,36 @@ def estimate_logp(
     return total
 
 
+def one_step_view(
+    model,
+    rollout: Rollout,
+    *,
+    mask_id: int,
+    temperature: float,
+    on_policy: bool,
+    prompt_masking: float = 0.15,
+    micro_batch: int = 64,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: the rollout as if one step had filled in everything.
+
+    Every completion token is masked, and each prompt token with probability prompt_masking, anew at each call; one pass
+    then gives all log-probabilities. These are states that the sampler never was in, so the gradient is biased. To be
+    given to `policy_gradient` in place of the rollout. Its logp is the model's now, before any update (not computed, 0,
+    with on_policy=True: the first update needs none); nothing is truncated. generator: on the CPU.
+    """
+    hidden = (torch.rand(rollout.prompt.shape, generator=generator) < prompt_masking).to(rollout.prompt.device)
+    prompt = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id)
+    step, num_steps = rollout.step.clamp(max=0), rollout.num_steps.clamp(max=1)
+    view = replace(rollout, prompt=prompt, step=step, num_steps=num_steps, kept=None, logp=0 * rollout.logp)
+    if on_policy:
+        return view
+    with torch.no_grad():
+        parts = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
+        logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in parts]
+    return replace(view, logp=torch.cat(logps))
+
+
 # ======================================================================================================================
 # 3. Objective: clipped, relative to the group
 # ======================================================================================================================
@@ -571,32 +601,26 @@ def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_mo
         correct = [task.correct(example, text, chat) for example, text in zip(batch, texts)]
         advantage = group_advantages(rewards.to(device), args.group_size, args.scale_by_std)
 
-        # Timesteps are drawn more often where more was undecided.
-        proposal = None
+        # Timesteps are drawn more often where more was undecided. (diffu-GRPO has but one, masked anew for each update.)
+        names = ("k", "temperature", "length_norm", "eps_low", "eps_high", "beta", "micro_batch")
+        options = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "ref_model": ref_model}
         if args.timestep_proposal == "entropy":
-            proposal = defensive_proposal(rollout.entropy, rollout.num_steps, args.uniform_share)
+            options["proposal"] = defensive_proposal(rollout.entropy, rollout.num_steps, args.uniform_share)
+        views = [rollout] * args.updates_per_rollout
+        if args.method == "diffu_grpo":
+            options["proposal"] = None
+            policy = {name: options[name] for name in ("mask_id", "temperature", "micro_batch")}
+            for again in range(len(views)):
+                rng = generator("cpu", args.seed, "prompt masks", update, again, rank())
+                with autocast(model, args):
+                    views[again] = one_step_view(model, rollout, on_policy=again == 0, generator=rng, **policy)
 
         # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
-        for again in range(args.updates_per_rollout):
+        for again, view in enumerate(views):
             optimizer.zero_grad()
+            rng = generator("cpu", args.seed, "timesteps", update, again, rank())
             with autocast(model, args):
-                figures = policy_gradient(
-                    model,
-                    rollout,
-                    advantage,
-                    k=args.k,
-                    mask_id=mask_id,
-                    temperature=args.temperature,
-                    on_policy=again == 0,
-                    proposal=proposal,
-                    length_norm=args.length_norm,
-                    eps_low=args.eps_low,
-                    eps_high=args.eps_high,
-                    beta=args.beta,
-                    ref_model=ref_model,
-                    micro_batch=args.micro_batch,
-                    generator=generator("cpu", args.seed, "timesteps", update, again, rank()),
-                )
+                figures = policy_gradient(model, view, advantage, on_policy=again == 0, generator=rng, **options)
             average_gradients(model)
             with_gradient = [p for p in model.parameters() if p.grad is not None]
             grad_norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, args.max_grad_norm))
@@ -1527,6 +1551,7 @@ class Settings:
     device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
     bf16: bool = option(False, "bfloat16 on a GPU; weights too, unless all of them are trained")
 
+    method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo is d1's one-step estimator, to compare with")
     max_steps: int = option(400, "updates: batches of rollouts to train on")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")

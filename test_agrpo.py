@@ -265,7 +265,9 @@ def test_sampler_draws_trajectories_with_their_probabilities(name):
     assert abs(float(e.probability.sum()) - 1) < 1e-12
     counts = torch.bincount(number, minlength=len(e.probability)).double()
     assert goodness_of_fit(counts, e.probability) > 1e-3
-    if "greedy" not in name and name != "two tokens":  # with this many cells the test notices probabilities a little off
+    if (
+        "greedy" not in name and name != "two tokens"
+    ):  # with this many cells the test notices probabilities a little off
         bent = e.probability ** torch.where(torch.arange(len(counts)) % 2 == 0, 0.9, 1.0)
         assert goodness_of_fit(counts, bent / bent.sum()) < 1e-3
 
@@ -297,7 +299,7 @@ def test_confidence_is_the_models_own_not_the_policys():
     settings = PLAIN | {"unmasking": "low_confidence", "completion_length": 2, "block_length": 2, "steps": 2}
     with mock.patch.object(agrpo, "logits_at", lambda model, ids, mask, at, merge: logits[at - len(PROMPT)]):
         rollout = write(mask_predictor(), torch.tensor([PROMPT] * 1000), **settings | {"temperature": 10.0})
-    (x, *_), (*_, eos) = (logits[:, :EOS + 1] / 10).softmax(-1).tolist()
+    (x, *_), (*_, eos) = (logits[:, : EOS + 1] / 10).softmax(-1).tolist()
     assert abs(float((rollout.step[:, 0] == 0).double().mean()) - (x + (1 - x) * eos)) < 0.05
 
 
@@ -687,9 +689,8 @@ def test_update_at_full_k_has_no_noise_and_nothing_is_wasted():
 
 def one_step_update(e: Enumeration) -> Tensor:
     """diffu-GRPO (d1, arXiv 2504.12216), its prompt masking aside: all tokens at once, from nothing but masks."""
-    r = e.rollout
-    at_once = replace(r, step=0 * r.step, num_steps=torch.ones_like(r.num_steps), entropy=r.entropy[:, :1])
-    return mean_update(replace(e, rollout=at_once), k=1) / e.steps
+    view = agrpo.one_step_view(e.model, e.rollout, on_policy=True, prompt_masking=0.0, **e.policy)
+    return mean_update(replace(e, rollout=view), k=1)
 
 
 def resampled_masks_update(e: Enumeration) -> Tensor:
@@ -833,6 +834,24 @@ def test_update_is_the_gradient_of_the_objective_as_written(name, length_norm):
     assert 0 < expected["clipfrac"] < 1
     for figure, value in expected.items():
         assert math.isclose(figures[figure], value.item(), rel_tol=1e-9), figure
+
+
+def test_one_step_view_masks_everything_and_some_of_the_prompt():
+    """diffu-GRPO: one pass a row, from masks alone; a fresh prompt mask each time; off policy the ratio is to its own logp."""
+    model, sampling = mask_predictor(), SETTINGS["blocks"]
+    policy = {"mask_id": MASK, "temperature": sampling["temperature"]}
+    prompt = torch.full((500, 6), X)
+    rollout = write(model, prompt, **sampling)
+    one, two = (agrpo.one_step_view(model, rollout, on_policy=False, generator=seeded(n), **policy) for n in (0, 1))
+    assert not one.prompt.equal(two.prompt) and rollout.prompt.equal(prompt)
+    masked = one.prompt == MASK
+    assert abs(float(masked.double().mean()) - 0.15) < 0.02 and one.prompt[~masked].eq(X).all()
+    logits = model(input_ids=torch.cat([one.prompt, torch.full((500, 4), MASK)], 1)).logits[:, 6:, :MASK]
+    exact = logits.log_softmax(-1).gather(-1, rollout.completion[..., None]).squeeze(-1)
+    torch.testing.assert_close(one.logp, exact.masked_fill(rollout.step < 0, 0), rtol=0, atol=1e-10)
+    advantage = torch.linspace(-1, 1, 500)
+    figures = agrpo.policy_gradient(model, one, advantage, k=5, on_policy=False, **policy)
+    assert figures["passes"] == 500 and abs(figures["ratio"] - 1) < 1e-9 and figures["clipfrac"] == 0
 
 
 def test_kl_is_zero_at_the_reference_and_never_negative():
