@@ -56,6 +56,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -68,6 +69,7 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -291,11 +293,12 @@ def draw_timesteps(
     num_steps (B,) int64; proposal (B, T) nonnegative, positive on each row's own steps and of any scale, None = uniform;
     generator: on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
-    Step t of a row is drawn with probability P(t), the row's normalised proposal, and weighs 1 / (k P(t)). The k draws
-    come from strata on two levels: each row has one in each of its k equal strata (systematic sampling), and the batch
-    as a whole has exactly one in each of B k finer ones. Each draw alone stays uniform over its row's strata, so
-    nothing is biased; far less is left to chance. A step drawn twice is one step of twice the weight; unused places
-    have weight 0 and cost no pass. A row of at most k steps gets every step once with weight 1: the exact sum.
+    Step t of a row is drawn with probability P(t) = density[t] / sum(density), and weighs 1 / (k P(t)). The k draws
+    come from strata on two levels: the row's cumulative distribution is inverted at k points u_0 < u_1 < ..., one in
+    each [j/k, (j+1)/k) (systematic sampling), and the batch as a whole has one in each of B k finer strata. u_j alone is
+    uniform on its [j/k, (j+1)/k), so their mixture is uniform on [0, 1) and nothing is biased; far less is left to
+    chance. A step drawn twice is one step of twice the weight; its other places have weight 0 and cost no pass.
+    A row of at most k steps gets every step once with weight 1: the exact sum.
     Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that the row has taken.
     """
     if k < 1:
@@ -303,19 +306,19 @@ def draw_timesteps(
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
     B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
     taken = torch.arange(T) < num_steps  # (B, T)
-    P = taken.double() if proposal is None else proposal.detach().cpu().double() * taken
-    if not (P.isfinite().all() and (P >= 0).all() and ((P > 0) | ~taken).all()):
+    density = taken.double() if proposal is None else proposal.detach().cpu().double() * taken
+    if not (density.isfinite().all() and (density >= 0).all() and ((density > 0) | ~taken).all()):
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
     row = torch.randperm(B, generator=generator)[:, None]  # (B, 1)
     offset = torch.rand(B, 1, generator=generator, dtype=torch.float64)
     u = (torch.arange(k) + (row + offset) / B) / k  # (B, k), rising along each row
-    cdf = P.cumsum(1)
+    cdf = density.cumsum(1)
     cdf = cdf / cdf[:, -1:]
     steps = torch.searchsorted(cdf, u, right=True).clamp(max=(num_steps - 1).clamp(min=0))
     first = torch.cat([steps.new_ones(B, 1).bool(), steps[:, 1:] != steps[:, :-1]], 1)
     times = (steps[:, :, None] == steps[:, None, :]).sum(-1)  # (B, k): how often this step was drawn
-    weights = first * times * P.sum(1, keepdim=True) / (k * P.gather(1, steps))
+    weights = first * times * density.sum(1, keepdim=True) / (k * density.gather(1, steps))
 
     each = torch.arange(k).expand(B, k)
     steps = torch.where(num_steps <= k, each.clamp(max=T - 1), steps)
@@ -333,7 +336,8 @@ def step_logps(
     the ratio of two policies means nothing otherwise.
     """
     P = int(rollout.prompt_mask[rows].sum(1).max())  # these rows' longest prompt: what is left of it is all padding
-    prompt, prompt_mask = rollout.prompt[rows][:, -P:], rollout.prompt_mask[rows][:, -P:]
+    left = rollout.prompt.shape[1] - P
+    prompt, prompt_mask = rollout.prompt[rows, left:], rollout.prompt_mask[rows, left:]
     when, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
     revealed = when == t  # (N, C)
     state = torch.where((when >= 0) & (when < t), completion, mask_id)  # s_t: what earlier steps filled in, else masks
@@ -499,7 +503,7 @@ def policy_gradient(
       "sequence"  T_i, GRPO's normalisation and the paper's: unbiased for GRPO's length-weighted objective.
       "constant"  T, the same for all rows (Dr. GRPO, arXiv 2503.20783): unbiased for the gradient of E[reward], times
                   (1 - 1/G) / T. Where no row ends early the two are one.
-    on_policy: the weights are still those that sampled, so rho is 1 whatever rounding the sampler saw. advantage (B,).
+    on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw. advantage (B,).
     ref_model: the reference for beta > 0. Passes are made for no row without advantage and no step twice; at most
     micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
     """
@@ -508,14 +512,14 @@ def policy_gradient(
     rows = learns.nonzero().squeeze(1)
     names = ("loss", "tokens", "clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")
     sums = dict.fromkeys(names, torch.zeros((), device=advantage.device))
+    saved = {"passes_saved_no_advantage": k * (B - len(rows))}
     if len(rows) == 0:
-        return {name: 0.0 for name in names} | {"passes": 0}
+        return dict.fromkeys(names, 0.0) | saved | {"passes": 0, "passes_saved_repeats": 0}
     steps, weights = draw_timesteps(rollout.num_steps[rows], k, None if proposal is None else proposal[rows], generator)
     i, j = weights.nonzero(as_tuple=True)  # one flat list of (row, step) pairs
+    saved |= {"passes": len(i), "passes_saved_repeats": k * len(rows) - len(i)}
     rows, steps, weights = rows[i], steps[i, j], weights[i, j]
-    by_prompt_length = (
-        rollout.prompt_mask[rows].sum(1).argsort(stable=True)
-    )  # micro-batches with little padding, or none
+    by_prompt_length = rollout.prompt_mask[rows].sum(1).argsort(stable=True)  # so that little is padding, or nothing
     rows, steps, weights = rows[by_prompt_length], steps[by_prompt_length], weights[by_prompt_length]
     length = rollout.num_steps[rows] if length_norm == "sequence" else T
     weights = (weights / (B * length)).to(rollout.logp.dtype)
@@ -548,7 +552,7 @@ def policy_gradient(
             sums = {name: sums[name] + value for name, value in seen.items()}
     figures = {name: float(value) for name, value in sums.items()}
     per_token = {name: figures[name] / figures["tokens"] for name in names[2:]}
-    return figures | per_token | {"passes": len(rows)}
+    return figures | per_token | saved
 
 
 # ======================================================================================================================
@@ -556,117 +560,116 @@ def policy_gradient(
 # ======================================================================================================================
 
 
-def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_model=None) -> bool:
+def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args: "Settings", ref_model=None) -> bool:
     """Rollouts, rewards, advantages, timesteps, gradient, AdamW step; repeat. Returns whether it reached the last update.
 
-    Goes on from the newest checkpoint in args.output_dir, if there is one. Every random choice is seeded by (seed, what
-    it is for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an
-    update), completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False.
-    Under torchrun each process rolls out its share of the prompts, and gradients are averaged.
+    examples, held_out: lists of the task's examples, to train on and to measure on every --eval_every updates. Goes on
+    from the newest checkpoint in args.output_dir, if there is one. Every random choice is seeded by (seed, what it is
+    for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an update),
+    completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False. Under
+    torchrun each process rolls out its share of the prompts, and gradients are averaged. Raises FloatingPointError,
+    after saving the last good weights, where one update after another has no finite gradient.
     """
-    run, device = Path(args.output_dir), model.device
-    examples, held_out = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
-    chat = tokenizer.chat_template is not None
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-    )
+    run, chat = Path(args.output_dir), tokenizer.chat_template is not None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = args.adam_beta1, args.adam_beta2
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay)
     model.train(args.gradient_checkpointing)  # for its checkpointing hooks alone: there is no dropout
     start, stop, report = restore_training_state(run, optimizer), stop_after_this_update(), reporter(args)
-    finished = start >= args.max_steps
+    finished, skipped = start >= args.max_steps, 0
     progress = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="AGRPO", disable=rank() > 0)
     for update in progress:
-        clock = time.time()
+        lap = stopwatch(model.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(update, args)
 
-        # Rollouts: group_size completions of each prompt, side by side; a few prompts at a time.
-        batch, texts, rollouts = [], [], []
-        drawn, size = draw_examples(examples, update, args), args.rollout_batch // args.group_size
-        for c in range(rank(), len(drawn) // size, world_size()):
-            batch += [example for example in drawn[c * size : (c + 1) * size] for _ in range(args.group_size)]
-            prompts = [task.prompt(example, tokenizer) for example in batch[len(texts) :]]
-            rng = generator(device, args.seed, "rollout", update, c)
-            with autocast(model, args):
-                rollout, written = complete(model, tokenizer, mask_id, prompts, rng, **args.sampling())
-            texts += written
-            rollouts.append(rollout)
-        rollout = concatenate(rollouts)
-        seconds_rollout = time.time() - clock
+        # Rollouts: group_size completions of each prompt, side by side.
+        batch, texts, rollout = roll_out(model, tokenizer, mask_id, task, examples, update, args)
+        seconds_rollout = lap()
 
         # Rewards and advantages.
-        rewards = torch.tensor([task.reward(example, text, chat) for example, text in zip(batch, texts)]).float()
-        correct = [task.correct(example, text, chat) for example, text in zip(batch, texts)]
-        advantage = group_advantages(rewards.to(device), args.group_size, args.scale_by_std)
+        grades = [task.grade(example, text, chat) for example, text in zip(batch, texts)]
+        rewards = torch.tensor([reward for reward, _ in grades], dtype=torch.float32, device=model.device)
+        advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
+        seconds_reward = lap()
 
         # Timesteps are drawn more often where more was undecided. (diffu-GRPO has but one, masked anew for each update.)
-        names = ("k", "temperature", "length_norm", "eps_low", "eps_high", "beta", "micro_batch")
-        options = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "ref_model": ref_model}
-        if args.timestep_proposal == "entropy":
-            options["proposal"] = defensive_proposal(rollout.entropy, rollout.num_steps, args.uniform_share)
-        views = [rollout] * args.updates_per_rollout
+        proposal, views = None, [rollout] * args.updates_per_rollout
+        policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
         if args.method == "diffu_grpo":
-            options["proposal"] = None
-            policy = {name: options[name] for name in ("mask_id", "temperature", "micro_batch")}
             for again in range(len(views)):
                 rng = generator("cpu", args.seed, "prompt masks", update, again, rank())
                 with autocast(model, args):
                     views[again] = one_step_view(model, rollout, on_policy=again == 0, generator=rng, **policy)
+        elif args.timestep_proposal == "entropy":
+            proposal = defensive_proposal(rollout.entropy, rollout.num_steps, args.uniform_share)
 
         # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
+        objective = {name: getattr(args, name) for name in ("k", "length_norm", "eps_low", "eps_high", "beta")}
+        passes = Counter()
         for again, view in enumerate(views):
             optimizer.zero_grad()
-            rng = generator("cpu", args.seed, "timesteps", update, again, rank())
+            policy |= {"on_policy": again == 0, "proposal": proposal, "ref_model": ref_model}
+            policy["generator"] = generator("cpu", args.seed, "timesteps", update, again, rank())
             with autocast(model, args):
-                figures = policy_gradient(model, view, advantage, on_policy=again == 0, generator=rng, **options)
+                figures = policy_gradient(model, view, advantage, **policy, **objective)
+            passes.update({name: figures[name] for name in PASSES})
             average_gradients(model)
-            with_gradient = [p for p in model.parameters() if p.grad is not None]
+            with_gradient = [p for p in trained if p.grad is not None]
             grad_norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, args.max_grad_norm))
-            optimizer.step()
+            if math.isfinite(grad_norm):
+                optimizer.step()
+                skipped = 0
+            else:  # one bad batch must not spoil the weights
+                skipped += 1
+        seconds_update = lap()
 
-        groups, tokens = rewards.view(-1, args.group_size), (rollout.step >= 0).sum()
-        seconds_update = time.time() - clock - seconds_rollout
-        metrics = average_over_ranks(
-            {
-                "reward": float(rewards.mean()),
-                "reward_std": float(groups.std(1).mean()),
-                "accuracy": sum(correct) / len(correct),
-                "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
-                "completion_length": float(tokens) / len(batch),
-                "entropy": float(rollout.entropy.sum() / tokens),
-                **figures,
-                "passes_without_savings": len(batch) * args.k,
-                "grad_norm": grad_norm,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds_rollout": seconds_rollout,
-                "seconds_update": seconds_update,
-                "rollout_tokens_per_second": float(tokens) / seconds_rollout,
-                "update_pairs_per_second": figures["passes"] / seconds_update,
-            }
-        )
-        finished = update + 1 == args.max_steps
-        if args.eval_every and ((update + 1) % args.eval_every == 0 or finished):
-            sampling = args.eval_sampling(args.eval_steps[0], greedy=True)
+        groups, tokens = rewards.view(-1, args.group_size), float((rollout.step >= 0).sum())
+        metrics = {
+            "reward": float(rewards.mean()),
+            "reward_std": float(groups.std(1).mean()),
+            "accuracy": sum(correct for _, correct in grades) / len(grades),
+            "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
+            "completion_length": tokens / len(batch),
+            "entropy": float(rollout.entropy.sum() / tokens),
+            **figures,
+            **passes,
+            "rollout_passes": int(rollout.num_steps.sum()),
+            "rollout_passes_saved_ended": int((args.steps - rollout.num_steps).sum()),
+            "grad_norm": grad_norm,
+            "skipped_in_a_row": skipped,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "seconds_rollout": seconds_rollout,
+            "seconds_reward": seconds_reward,
+            "seconds_update": seconds_update,
+            "rollout_tokens_per_second": tokens / seconds_rollout,
+            "update_pairs_per_second": passes["passes"] / seconds_update,
+            "peak_memory_gib": peak_memory_gib(model.device),
+        }
+        metrics = average_over_ranks(metrics)
+        if args.eval_every and (update + 1) % args.eval_every == 0:
+            greedy = args.eval_sampling(args.eval_steps[0], greedy=True)
             with autocast(model, args):
-                metrics["eval_accuracy"] = accuracy(
-                    evaluate(model, tokenizer, mask_id, task, held_out, args.eval_batch, 0, **sampling)
-                )
+                records = evaluate(model, tokenizer, mask_id, task, held_out, args.eval_batch, 0, **greedy)
+            metrics["eval_accuracy"] = accuracy(records)
         report({"update": update + 1} | metrics)
-        progress.set_postfix_str(
-            "reward {reward:.2f} accuracy {accuracy:.2f} clipfrac {clipfrac:.3f} |grad| {grad_norm:.2f}".format(
-                **metrics
-            )
-        )
+        shown = "reward {reward:.2f} accuracy {accuracy:.2f} clipfrac {clipfrac:.3f} |grad| {grad_norm:.2f}"
+        progress.set_postfix_str(shown.format(**metrics) + f" SKIPPED {skipped}" * (skipped > 0))
         if args.show_every and (update + 1) % args.show_every == 0 and rank() == 0:
             n = random.Random(f"{args.seed} show {update}").randrange(len(batch))
             progress.write(f"\nupdate {update + 1}, reward {rewards[n]:g}\n{task.show(batch[n], texts[n], chat)}\n")
-            sample_text = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
-            append_line(run / "completions.jsonl", sample_text | {"reward": float(rewards[n])})
-        stopping = any_rank(bool(stop))
+            shown = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
+            append_line(run / "completions.jsonl", shown | {"reward": float(rewards[n])})
+
+        finished, stopping = update + 1 == args.max_steps, any_rank(bool(stop)) or skipped >= 5
         if stopping or finished or (update + 1) % args.save_every == 0:
             save_training_state(run, update + 1, model, tokenizer, optimizer, args.keep_checkpoints)
+        if skipped >= 5:
+            raise FloatingPointError(
+                f"{skipped} updates in a row had no finite gradient, up to update {update + 1}; they were skipped, and the "
+                f"weights from before are in {checkpoints(run)[-1]}. Most likely --learning_rate {args.learning_rate:g} is "
+                "too high, or --beta or --updates_per_rollout lets the ratio overflow"
+            )
         if stopping:
             break
     progress.close()
@@ -674,8 +677,31 @@ def train(model, tokenizer, mask_id: int, task: "Task", args: "Settings", ref_mo
     return finished
 
 
+PASSES = ("passes", "passes_saved_no_advantage", "passes_saved_repeats")
+
+
+def roll_out(model, tokenizer, mask_id: int, task: "Task", examples: list, update: int, args: "Settings"):
+    """This process's rollouts of one update: (example of each row, completion of each row, Rollout). --rollout_batch at a
+    time, each batch with a generator of its own, so that they come out the same however many processes share them."""
+    batch, texts, rollouts = [], [], []
+    drawn, size = draw_examples(examples, update, args), args.rollout_batch // args.group_size
+    for c in range(rank(), len(drawn) // size, world_size()):
+        part = [example for example in drawn[c * size : (c + 1) * size] for _ in range(args.group_size)]
+        prompts, rng = (
+            [task.prompt(e, tokenizer) for e in part],
+            generator(model.device, args.seed, "rollout", update, c),
+        )
+        with autocast(model, args):
+            rollout, written = complete(model, tokenizer, mask_id, prompts, rng, **args.sampling())
+        batch, texts, rollouts = batch + part, texts + written, rollouts + [rollout]
+    return batch, texts, concatenate(rollouts)
+
+
 def complete(model, tokenizer, mask_id: int, prompts: list[str], rng, **sampling) -> tuple[Rollout, list[str]]:
-    """One completion for each prompt: the rollout, and its texts up to the first EOS. sampling: arguments of `sample`."""
+    """One completion for each prompt: the rollout, and its texts up to the first EOS. sampling: arguments of `sample`.
+
+    Tokens after that EOS are no part of the text, so of the reward; they were sampled, so they are trained on.
+    """
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     prompt, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].bool().to(model.device)
     eos_id = tokenizer.eos_token_id
@@ -726,12 +752,9 @@ def generator(device, *key) -> torch.Generator:
 def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[dict]:
     """The prompts of one update: every example comes once an epoch, in an order of that epoch's own."""
     N, first = len(examples), update * args.prompts_per_update
-    last = first + args.prompts_per_update
-    orders = [
-        random.Random(f"{args.seed} epoch {e}").sample(examples, N) for e in range(first // N, (last - 1) // N + 1)
-    ]
-    skipped = first // N * N
-    return list(itertools.chain(*orders))[first - skipped : last - skipped]
+    places = range(first, first + args.prompts_per_update)  # counted from the start of the run
+    order = {e: random.Random(f"{args.seed} epoch {e}").sample(examples, N) for e in {place // N for place in places}}
+    return [order[place // N][place % N] for place in places]
 
 
 def learning_rate_at(update: int, args: "Settings") -> float:
@@ -745,6 +768,30 @@ def autocast(model, args: "Settings"):
     """bfloat16 matrix products over float32 weights: for --bf16 where all weights are trained, so must stay float32."""
     on = args.bf16 and model.device.type == "cuda" and model.dtype == torch.float32
     return torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
+
+
+def stopwatch(device: torch.device) -> Callable[[], float]:
+    """A function that returns the seconds since it was last called, what the GPU was still doing included."""
+    last = time.perf_counter()
+
+    def lap() -> float:
+        nonlocal last
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        before, last = last, time.perf_counter()
+        return last - before
+
+    return lap
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: on the GPU by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # Several processes (torchrun). Alone, each of these does nothing.
@@ -761,7 +808,7 @@ def world_size() -> int:
 def sum_over_ranks(values: list[float]) -> list[float]:
     if world_size() == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return total.tolist()
 
@@ -770,15 +817,22 @@ def any_rank(flag: bool) -> bool:
     return sum_over_ranks([float(flag)])[0] > 0
 
 
+def wait_for_all_ranks() -> None:
+    any_rank(False)
+
+
 def average_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Means over processes; what is a mean over tokens looked at is weighted by them, and counts are added up."""
-    per_token, counts = ("clipfrac", "approx_kl", "ratio", "sampler_gap", "kl"), ("tokens", "passes")
-    counts += ("passes_without_savings", "rollout_tokens_per_second", "update_pairs_per_second")
+    if world_size() == 1:
+        return metrics
+    per_token, rates = ("clipfrac", "approx_kl", "ratio", "sampler_gap", "kl"), ("rollout_tokens", "update_pairs")
     weighted = {name: value * (metrics["tokens"] if name in per_token else 1) for name, value in metrics.items()}
     total = dict(zip(metrics, sum_over_ranks(list(weighted.values()))))
     for name in metrics:
-        if name not in counts:
-            total[name] /= max(1, total["tokens"]) if name in per_token else world_size()
+        if name in per_token:
+            total[name] /= max(1, total["tokens"])
+        elif name != "tokens" and "passes" not in name and not name.startswith(rates):
+            total[name] /= world_size()
     return total
 
 
@@ -817,8 +871,9 @@ def save_training_state(run: Path, update: int, model, tokenizer, optimizer, kee
     """Write run/checkpoint-N: the model, and the optimizer for a resumed run. All of it or nothing: it is written aside
     and renamed when whole; then all but the newest `keep` are removed."""
     if rank() == 0:
+        for unfinished in run.glob("checkpoint-*.part"):  # of a killed run
+            shutil.rmtree(unfinished)
         aside = run / f"checkpoint-{update}.part"
-        shutil.rmtree(aside, ignore_errors=True)
         save_model(model, tokenizer, aside)
         state = optimizer.state_dict()["state"]
         tensors = {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
@@ -827,7 +882,7 @@ def save_training_state(run: Path, update: int, model, tokenizer, optimizer, kee
         aside.rename(run / f"checkpoint-{update}")
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
-    any_rank(False)  # the others wait
+    wait_for_all_ranks()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -837,19 +892,34 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def restore_training_state(run: Path, optimizer) -> int:
-    """Load the optimizer from the newest checkpoint and cut metrics.jsonl back to it; returns the updates made so far."""
+    """Load the optimizer from the newest checkpoint and cut the logs back to it; returns the updates made so far."""
     done, saved = 0, checkpoints(run)
     if saved:
         done, state = int(saved[-1].name.split("-")[1]), {}
-        for key, tensor in load_file(saved[-1] / "optimizer.safetensors").items():
+        for key, tensor in read_tensors(saved[-1] / "optimizer.safetensors").items():
             i, name = key.split(".")
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for log in (run / "metrics.jsonl", run / "completions.jsonl"):
         if log.exists() and rank() == 0:
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a killed run may leave half
-            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["update"] <= done))
+            write_whole(log, "".join(line + "\n" for line in lines if json.loads(line)["update"] <= done))
     return done
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}); remove its folder to go back one checkpoint"
+        ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of a file or nothing, whenever the process is killed."""
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").replace(path)
 
 
 def append_line(path: Path, record: dict) -> None:
@@ -907,26 +977,30 @@ class Task:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def answer(self, completion: str, chat: bool) -> str | None:
-        """What the completion gives as its answer: inside its <answer> tags. None unless there is exactly one pair."""
+        """What the completion gives as its answer: all of it, or what is inside its <answer> tags; None unless there is
+        exactly one pair of them."""
         if not chat and self.plain:
             return completion.strip()
         return inside_tags(completion, "answer")
 
-    def correct(self, example: dict, completion: str, chat: bool) -> bool:
-        """What accuracy counts: the answer is right."""
+    def grade(self, example: dict, completion: str, chat: bool) -> tuple[float, bool]:
+        """(reward, what training maximises; correct, what accuracy counts: the answer is right).
+
+        The reward is 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags, as in the official
+        release; where the whole completion is the answer, 1 for a right one, and partial credit.
+        """
         answer = self.answer(completion, chat)
-        return answer is not None and self.is_right(example, answer)
+        right = answer is not None and self.is_right(example, answer)
+        credit = self.credit(example, answer) if answer is not None else 0.0
+        if self.plain and not chat:
+            return right + credit, right
+        return 3 * right + credit + 0.5 * sum(inside_tags(completion, tag) is not None for tag in TAGS), right
 
     def reward(self, example: dict, completion: str, chat: bool) -> float:
-        """What training maximises: 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags; for
-        plain completions 1 for a right answer, and partial credit."""
-        answer = self.answer(completion, chat)
-        right, credit = (self.is_right(example, answer), self.credit(example, answer)) if answer is not None else (0, 0)
-        if not chat and self.plain:
-            return right + credit
-        return (
-            3 * right + credit + sum(0.5 for tag in ("reasoning", "answer") if inside_tags(completion, tag) is not None)
-        )
+        return self.grade(example, completion, chat)[0]
+
+    def correct(self, example: dict, completion: str, chat: bool) -> bool:
+        return self.grade(example, completion, chat)[1]
 
     def show(self, example: dict, completion: str, chat: bool) -> str:
         verdict = "right" if self.correct(example, completion, chat) else "wrong"
@@ -943,6 +1017,7 @@ def inside_tags(text: str, tag: str) -> str | None:
     return after.split(f"</{tag}>")[0].strip() if f"</{tag}>" in after else None
 
 
+TAGS = ("reasoning", "answer")
 FORMAT = "Think first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>"
 
 
@@ -1262,7 +1337,7 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
         adapter = json.loads((folder / "adapter_config.json").read_text())
         model, tokenizer, mask_id = load_model(adapter["base_model_name_or_path"], device, dtype)
         add_lora(model, adapter["r"], adapter["lora_alpha"])
-        model.load_state_dict(lora_weights(model, load_file(folder / "adapter_model.safetensors")), strict=False)
+        model.load_state_dict(lora_weights(model, read_tensors(folder / "adapter_model.safetensors")), strict=False)
         return model, tokenizer, mask_id
 
     raw = json.loads((folder / "config.json").read_text())
@@ -1283,10 +1358,8 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None:
         raise ValueError(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
-    model.raw_config, model.name_or_path = (
-        raw,
-        str(Path(name_or_path).resolve() if Path(name_or_path).exists() else name_or_path),
-    )
+    model.raw_config = raw
+    model.name_or_path = str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
     return model.to(device).eval(), tokenizer, mask_id
 
 
@@ -1364,23 +1437,23 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
 
     One short question first: the hub's own clients retry for minutes before they say that there is no network.
     """
-    online = True
+    info = None
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)
-        if kind == "model":
-            refuse_on_cpu(name, info.safetensors.total if info.safetensors else 0, device)
     except RepositoryNotFoundError:
         raise ValueError(f"{name}: there is no such {kind} on the hub") from None
-    except ValueError:
-        raise
-    except Exception:  # noqa: BLE001 - no network: which exception that is depends on the hub's HTTP client
-        online = False
+    except Exception:  # noqa: BLE001, S110 - no network: which exception that is depends on the hub's HTTP client
+        pass
+    if kind == "model" and info and info.safetensors:
+        refuse_on_cpu(name, info.safetensors.total, device)
     try:
-        return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=not online))
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=info is None))
     except OSError:
-        option = "--model FOLDER of a downloaded checkpoint" if kind == "model" else "--data FOLDER of downloaded files"
+        instead = (
+            "--model FOLDER of a downloaded checkpoint" if kind == "model" else "--data FOLDER of downloaded files"
+        )
         raise ValueError(
-            f"the {kind} {name} is not in the cache and the hub cannot be reached: give {option}, point HF_HOME at a "
+            f"the {kind} {name} is not in the cache and the hub cannot be reached: give {instead}, point HF_HOME at a "
             "cache that has it, or run plain `python agrpo.py`, which needs nothing"
         ) from None
 
@@ -1427,7 +1500,7 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
     """peft's names in a file -> this model's names. Raises ValueError where the file is for another model."""
-    ours = {f"base_model.model.{name}.{part}.weight": f"{name}.{part}" for name in lora_layers(model) for part in PARTS}
+    ours = {peft_name: f"{name}.{part}" for peft_name, (name, part) in peft_names(model).items()}
     if ours.keys() != saved.keys():
         raise ValueError(
             f"the adapter's weights are not this model's: {', '.join(sorted(ours.keys() ^ saved.keys())[:5])}"
@@ -1435,7 +1508,10 @@ def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
     return {ours[name]: tensor for name, tensor in saved.items()}
 
 
-PARTS = ("lora_A", "lora_B")
+def peft_names(model) -> dict[str, tuple[str, str]]:
+    """peft's name of each LoRA weight -> (layer, "lora_A" or "lora_B")."""
+    parts = itertools.product(lora_layers(model), ("lora_A", "lora_B"))
+    return {f"base_model.model.{name}.{part}.weight": (name, part) for name, part in parts}
 
 
 def merge_lora(model):
@@ -1453,11 +1529,8 @@ def save_model(model, tokenizer, folder: Path) -> None:
     layers, folder = lora_layers(model), Path(folder)
     if layers:
         folder.mkdir(parents=True)
-        tensors = {
-            f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
-            for name, layer in layers.items()
-            for part in PARTS
-        }
+        names = peft_names(model).items()
+        tensors = {peft_name: getattr(layers[name], part).detach().contiguous() for peft_name, (name, part) in names}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         first = next(iter(layers.values()))
         config = {"peft_type": "LORA", "task_type": None, "r": first.r, "lora_alpha": first.alpha, "lora_dropout": 0.0}
@@ -1679,24 +1752,23 @@ def refuse(sentence: str):
 
 def check_settings(args: Settings) -> None:
     """Raise ValueError with one sentence on the first setting that cannot work, before anything is loaded or written."""
-    bounds = {
-        "0 or more": "show_every top_k weight_decay beta eps_high pretrain_steps pretrain_until seed lora_rank eval_every eval_examples",
-        "1 or more": "max_steps prompts_per_update k completion_length block_length steps updates_per_rollout micro_batch eval_batch "
-        "save_every keep_checkpoints pretrain_batch rollout_batch eval_completion_length eval_block_length",
-        "above 0": "temperature learning_rate max_grad_norm pretrain_learning_rate lora_alpha",
-        "at least 0 and below 1": "eps_low warmup_ratio adam_beta1 adam_beta2",
-        "above 0 and at most 1": "top_p uniform_share",
-    }
-    within = {
-        "0 or more": lambda x: 0 <= x < math.inf,
-        "1 or more": lambda x: 1 <= x < math.inf,
-        "above 0": lambda x: 0 < x < math.inf,
-        "at least 0 and below 1": lambda x: 0 <= x < 1,
-        "above 0 and at most 1": lambda x: 0 < x <= 1,
-    }
-    for bound, names in bounds.items():
+    for bound, within, names in (
+        (
+            "0 or more",
+            lambda x: 0 <= x < math.inf,
+            "show_every top_k weight_decay beta eps_high seed lora_rank eval_every",
+        ),
+        ("0 or more", lambda x: 0 <= x < math.inf, "eval_examples pretrain_steps pretrain_until"),
+        ("1 or more", lambda x: x >= 1, "max_steps prompts_per_update k completion_length block_length steps"),
+        ("1 or more", lambda x: x >= 1, "updates_per_rollout micro_batch eval_batch save_every keep_checkpoints"),
+        ("1 or more", lambda x: x >= 1, "pretrain_batch rollout_batch eval_completion_length eval_block_length"),
+        ("above 0", lambda x: 0 < x < math.inf, "temperature learning_rate max_grad_norm lora_alpha"),
+        ("above 0", lambda x: 0 < x < math.inf, "pretrain_learning_rate"),
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, "eps_low warmup_ratio adam_beta1 adam_beta2"),
+        ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p uniform_share"),
+    ):
         for name in names.split():
-            if not within[bound](getattr(args, name)):
+            if not within(getattr(args, name)):
                 raise ValueError(f"--{name} must be {bound}, not {getattr(args, name)}")
     if args.group_size < 2:
         raise ValueError(
@@ -1720,9 +1792,8 @@ def check_settings(args: Settings) -> None:
             f"--prompts_per_update {args.prompts_per_update} must be a multiple of {at_once}: the prompts in --rollout_batch "
             f"{args.rollout_batch} at --group_size {args.group_size}, times {world_size()} process(es)"
         )
-    package = {"none": "torch", "tensorboard": "tensorboard", "wandb": "wandb"}[args.report_to]
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"--report_to {package} needs the package {package}: pip install {package}")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
     run = Path(args.output_dir)
     if not args.resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
@@ -1745,13 +1816,11 @@ def starting_model(task: Task, args: Settings, device: torch.device):
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
         aside.rename(cache)
-    any_rank(False)  # the others wait
+    wait_for_all_ranks()
     return load_model(str(cache), device, dtype)
 
 
-def measure(
-    model, tokenizer, mask_id: int, task: Task, examples: list[dict], args: Settings
-) -> dict[str, dict[str, float]]:
+def measure(model, tokenizer, mask_id: int, task: Task, examples: list, args: Settings) -> dict[str, dict[str, float]]:
     """Accuracy at each of eval_steps: of the sampler that is trained, and of greedy low-confidence unmasking."""
     table = {}
     for sampler in SAMPLERS:
@@ -1765,6 +1834,7 @@ def measure(
 
 
 SAMPLERS = ("as trained", "greedy")
+METHODS = {"agrpo": "AGRPO", "diffu_grpo": "diffu-GRPO"}
 
 
 def print_table(results: dict, args: Settings) -> None:
@@ -1773,10 +1843,34 @@ def print_table(results: dict, args: Settings) -> None:
     print(f"\nAccuracy on {results['examples']} test examples, by sampling steps (trained with {args.steps})")
     for sampler, title in zip(SAMPLERS, (trained, "greedy (low-confidence unmasking, temperature 0)")):
         print(f"\n  {title:50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
-        for stage in (stage for stage in ("base", "AGRPO") if stage in results):
+        for stage in (stage for stage in ("base", *METHODS.values()) if stage in results):
             row = results[stage][sampler]
             print(f"    {stage:48s}" + "".join(f"{row[str(steps)]:7.3f}" for steps in args.eval_steps))
     print()
+
+
+def print_cost(run: Path) -> None:
+    """Where the time went, and what was not computed, from metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    total = {name: sum(line.get(name, 0) for line in lines) for name in lines[-1]}
+    phases = ", ".join(f"{name} {total['seconds_' + name]:.0f} s" for name in ("rollout", "reward", "update"))
+    saved = total["passes_saved_no_advantage"] + total["passes_saved_repeats"]
+    print(
+        f"{len(lines)} updates: {phases}; {total['rollout_tokens_per_second'] / len(lines):,.0f} tokens/s in rollouts; "
+        f"{total['passes']:,.0f} (completion, timestep) pairs learnt from, {saved:,.0f} saved (no advantage or drawn twice); "
+        f"peak memory {lines[-1]['peak_memory_gib']:.1f} GiB"
+    )
+
+
+def check_lengths(model, tokenizer, task: Task, examples: list, args: Settings) -> None:
+    """Raise ValueError where the longest prompt and a completion do not fit into the model's positions."""
+    longest = max(len(ids) for ids in tokenizer([task.prompt(example, tokenizer) for example in examples])["input_ids"])
+    completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
+    if longest + completion > most:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for {most}: "
+            "shorten --completion_length and --eval_completion_length, or the examples"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1791,51 +1885,58 @@ def main(argv: list[str] | None = None) -> None:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.output_dir is None:
-        name = f"{args.task}-{Path(args.model).name}-seed{args.seed}"
-        names = [name] + [f"{name}-{n}" for n in range(2, 10_000)]
-        args.output_dir = str(next(Path("runs") / name for name in names if not (Path("runs") / name).exists()))
+        name = Path("runs") / f"{args.task}-{Path(args.model).name}-seed{args.seed}"
+        names = itertools.chain([name], (Path(f"{name}-{n}") for n in itertools.count(2)))
+        args.output_dir = str(next(name for name in names if not name.exists()))
     run, task = Path(args.output_dir), TASKS[args.task]
+    say = print if rank() == 0 else lambda *words: None
+
     try:
         check_settings(args)
         device = torch.zeros(1, device=args.device).device
-        test = task.examples("test", args)[: args.eval_examples or None]
-        task.examples("train", args)
+        examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
         if args.model != "tiny":
             find_checkpoint(args.model, device)
     except (ValueError, RuntimeError, AssertionError) as error:
         refuse(str(error).splitlines()[0])
-    any_rank(False)  # every process has looked before one of them writes
-    if rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "settings.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=1))
-
+    wait_for_all_ranks()  # every process has looked before one of them writes
     try:
+        if rank() == 0 and not args.resume:
+            run.mkdir(parents=True, exist_ok=True)
+            write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
         model, tokenizer, mask_id = starting_model(task, args, device)
-    except ValueError as error:
+        check_lengths(model, tokenizer, task, examples + test, args)
+        size = sum(p.numel() for p in model.parameters())
+        say(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
+        results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
+        if rank() == 0:
+            print_table(results, args)
+
+        ref_model = None
+        if args.beta > 0:  # a frozen copy; with LoRA the weights are frozen anyway, so the copy shares them
+            ref_model = copy.deepcopy(model, {id(p): p for p in model.parameters()} if args.lora_rank else {})
+            ref_model.requires_grad_(False)
+        if checkpoints(run):
+            model, tokenizer, mask_id = load_model(str(run), device, model.dtype)
+        elif args.lora_rank:
+            torch.manual_seed(args.seed)
+            add_lora(model, args.lora_rank, args.lora_alpha)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if not train(model, tokenizer, mask_id, task, examples, test, args, ref_model):
+            refuse(f"stopped; nothing is lost. Go on with: python agrpo.py --resume {run}")
+        results[METHODS[args.method]] = measure(model, tokenizer, mask_id, task, test, args)
+        if rank() == 0:
+            write_whole(run / "results.json", json.dumps(results, indent=1))
+            print_table(results, args)
+            print_cost(run)
+    except (ValueError, FloatingPointError) as error:
         refuse(str(error))
-    say = print if rank() == 0 else lambda *words: None
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
-    results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
-    if rank() == 0:
-        print_table(results, args)
-    ref_model = None
-    if args.beta > 0:  # a frozen copy; with LoRA the weights are frozen anyway, so the copy shares them
-        ref_model = copy.deepcopy(model, {id(p): p for p in model.parameters()} if args.lora_rank else {})
-        ref_model.requires_grad_(False)
-    if checkpoints(run):
-        model, tokenizer, mask_id = load_model(str(run), device, model.dtype)
-    elif args.lora_rank:
-        torch.manual_seed(args.seed)
-        add_lora(model, args.lora_rank, args.lora_alpha)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if not train(model, tokenizer, mask_id, task, args, ref_model):
-        refuse(f"stopped; nothing is lost. Go on with: python agrpo.py --resume {run}")
-    results["AGRPO"] = measure(model, tokenizer, mask_id, task, test, args)
-    if rank() == 0:
-        (run / "results.json").write_text(json.dumps(results, indent=1))
-        print_table(results, args)
+    except OSError as error:  # a full disk, most likely; a checkpoint is renamed only when whole
+        last = (
+            f"The last whole checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "There is no checkpoint yet"
+        )
+        refuse(f"{error}. {last}; once that is mended, go on with: python agrpo.py --resume {run}")
     minutes, seconds = divmod(round(time.time() - began), 60)
     say(f"{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
 

@@ -1486,7 +1486,7 @@ def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, earns, tmp_path,
     where = tmp_path if task == "gsm8k" else tmp_path / data[0]
     if earns:
         rewards = iter(range(1000))
-        monkeypatch.setattr(agrpo.Task, "reward", lambda *_: next(rewards))
+        monkeypatch.setattr(agrpo.Task, "grade", lambda *_: (next(rewards), False))
     argv = f"--task {task} --model {tmp_path / 'llada'} --data {where} --device cpu --output_dir {tmp_path / 'run'} {LLADA_RUN}"
     agrpo.main(argv.split())
     assert [line["passes"] for line in figures(tmp_path / "run")] == [8 * earns] * 2
