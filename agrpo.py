@@ -293,12 +293,14 @@ def draw_timesteps(
     num_steps (B,) int64; proposal (B, T) nonnegative, positive on each row's own steps and of any scale, None = uniform;
     generator: on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
-    Step t of a row is drawn with probability P(t) = density[t] / sum(density), and weighs 1 / (k P(t)). The k draws
-    come from strata on two levels: the row's cumulative distribution is inverted at k points u_0 < u_1 < ..., one in
-    each [j/k, (j+1)/k) (systematic sampling), and the batch as a whole has one in each of B k finer strata. u_j alone is
-    uniform on its [j/k, (j+1)/k), so their mixture is uniform on [0, 1) and nothing is biased; far less is left to
-    chance. A step drawn twice is one step of twice the weight; its other places have weight 0 and cost no pass.
-    A row of at most k steps gets every step once with weight 1: the exact sum.
+    Step t of a row is drawn with probability inclusion[t], in proportion to the proposal but at most 1, and weighs
+    1 / inclusion[t] (Horvitz-Thompson). No step is drawn twice; a row of at most k steps gets each once with weight 1:
+    the exact sum. Weights 0 fill up such a row to k; they cost no pass.
+
+    How: laid end to end, a row's inclusion probabilities are k long. Points at x, 1 + x, ..., k - 1 + x with x uniform on
+    [0, 1) hit each step as often as its length says (systematic sampling); the rows of a batch take their x from B
+    different strata of [0, 1), in random order. Each x alone stays uniform, so nothing is biased; far less is left to
+    chance.
     Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that the row has taken.
     """
     if k < 1:
@@ -310,19 +312,21 @@ def draw_timesteps(
     if not (density.isfinite().all() and (density >= 0).all() and ((density > 0) | ~taken).all()):
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
-    row = torch.randperm(B, generator=generator)[:, None]  # (B, 1)
-    offset = torch.rand(B, 1, generator=generator, dtype=torch.float64)
-    u = (torch.arange(k) + (row + offset) / B) / k  # (B, k), rising along each row
-    cdf = density.cumsum(1)
-    cdf = cdf / cdf[:, -1:]
-    steps = torch.searchsorted(cdf, u, right=True).clamp(max=(num_steps - 1).clamp(min=0))
-    first = torch.cat([steps.new_ones(B, 1).bool(), steps[:, 1:] != steps[:, :-1]], 1)
-    times = (steps[:, :, None] == steps[:, None, :]).sum(-1)  # (B, k): how often this step was drawn
-    weights = first * times * density.sum(1, keepdim=True) / (k * density.gather(1, steps))
+    inclusion = torch.zeros_like(density)
+    while True:  # the probability that a step has beyond 1 goes to the others
+        certain = inclusion >= 1
+        others = density.masked_fill(certain, 0)
+        share = (k - certain.sum(1, keepdim=True)) / others.sum(1, keepdim=True).clamp(min=1e-300)
+        inclusion = torch.where(certain, 1.0, others * share)
+        if (inclusion <= 1).all():
+            break
+    inclusion = torch.where(num_steps <= k, taken.double(), inclusion)  # (B, T)
 
-    each = torch.arange(k).expand(B, k)
-    steps = torch.where(num_steps <= k, each.clamp(max=T - 1), steps)
-    weights = torch.where(num_steps <= k, (each < num_steps).double(), weights)
+    row = torch.randperm(B, generator=generator)[:, None]  # (B, 1)
+    x = (row + torch.rand(B, 1, generator=generator, dtype=torch.float64)) / B
+    steps = torch.searchsorted(inclusion.cumsum(1), torch.arange(k) + x, right=True)  # (B, k), rising along each row
+    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))
+    weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
@@ -359,17 +363,27 @@ def step_logps(
     return torch.zeros(revealed.shape, dtype=logps.dtype, device=logps.device).scatter(1, where, logps), revealed
 
 
-def defensive_proposal(entropy: Tensor, num_steps: Tensor, uniform_share: float = 0.1) -> Tensor:
-    """Draw timesteps more often where more was undecided: (1 - share) x entropy + share x uniform, each row summing to 1.
+def surprise(rollout: Rollout) -> Tensor:
+    """1 - p(token), summed over the tokens that each step filled in: (B, T), from what the sampler recorded.
 
-    entropy (B, T), num_steps (B,). Returns (B, T) float64. The uniform share keeps every weight below 1 / share times
-    its uniform value, so a step where the policy was nearly certain cannot blow up the gradient.
+    The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
+    factor of at most sqrt(2): a step of tokens that the policy was sure of has next to nothing to teach.
     """
-    T = entropy.shape[1]
-    entropy, length = entropy.double().cpu(), num_steps.cpu().clamp(min=1)[:, None]
+    doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)
+    return torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt)
+
+
+def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 0.1) -> Tensor:
+    """Draw timesteps more often where more can be learnt: (1 - share) x score + share x uniform, each row summing to 1.
+
+    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64. The uniform share
+    keeps every weight below 1 / share times its uniform value, so that no rare step can blow up the gradient.
+    """
+    T = score.shape[1]
+    score, length = score.double().cpu(), num_steps.cpu().clamp(min=1)[:, None]
     uniform = (torch.arange(T) < length) / length  # (B, T)
-    total = entropy.sum(1, keepdim=True)
-    return torch.where(total > 0, (1 - uniform_share) * entropy / total + uniform_share * uniform, uniform)
+    total = score.sum(1, keepdim=True)
+    return torch.where(total > 0, (1 - uniform_share) * score / total + uniform_share * uniform, uniform)
 
 
 def estimate_logp(
@@ -514,10 +528,10 @@ def policy_gradient(
     sums = dict.fromkeys(names, torch.zeros((), device=advantage.device))
     saved = {"passes_saved_no_advantage": k * (B - len(rows))}
     if len(rows) == 0:
-        return dict.fromkeys(names, 0.0) | saved | {"passes": 0, "passes_saved_repeats": 0}
+        return dict.fromkeys(names, 0.0) | saved | {"passes": 0, "passes_saved_short": 0}
     steps, weights = draw_timesteps(rollout.num_steps[rows], k, None if proposal is None else proposal[rows], generator)
     i, j = weights.nonzero(as_tuple=True)  # one flat list of (row, step) pairs
-    saved |= {"passes": len(i), "passes_saved_repeats": k * len(rows) - len(i)}
+    saved |= {"passes": len(i), "passes_saved_short": k * len(rows) - len(i)}
     rows, steps, weights = rows[i], steps[i, j], weights[i, j]
     by_prompt_length = rollout.prompt_mask[rows].sum(1).argsort(stable=True)  # so that little is padding, or nothing
     rows, steps, weights = rows[by_prompt_length], steps[by_prompt_length], weights[by_prompt_length]
@@ -593,7 +607,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
         seconds_reward = lap()
 
-        # Timesteps are drawn more often where more was undecided. (diffu-GRPO has but one, masked anew for each update.)
+        # Timesteps are drawn more often where more can be learnt. (diffu-GRPO has but one, masked anew for each update.)
         proposal, views = None, [rollout] * args.updates_per_rollout
         policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
         if args.method == "diffu_grpo":
@@ -601,8 +615,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
                 rng = generator("cpu", args.seed, "prompt masks", update, again, rank())
                 with autocast(model, args):
                     views[again] = one_step_view(model, rollout, on_policy=again == 0, generator=rng, **policy)
-        elif args.timestep_proposal == "entropy":
-            proposal = defensive_proposal(rollout.entropy, rollout.num_steps, args.uniform_share)
+        elif args.timestep_proposal != "uniform":
+            score = surprise(rollout) if args.timestep_proposal == "surprise" else rollout.entropy
+            proposal = defensive_proposal(score, rollout.num_steps, args.uniform_share)
 
         # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
         objective = {name: getattr(args, name) for name in ("k", "length_norm", "eps_low", "eps_high", "beta")}
@@ -677,7 +692,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
     return finished
 
 
-PASSES = ("passes", "passes_saved_no_advantage", "passes_saved_repeats")
+PASSES = ("passes", "passes_saved_no_advantage", "passes_saved_short")
 
 
 def roll_out(model, tokenizer, mask_id: int, task: "Task", examples: list, update: int, args: "Settings"):
@@ -1629,8 +1644,10 @@ class Settings:
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
     k: int = option(1, "k: timesteps drawn for each completion; a forward and backward pass each")
-    timestep_proposal: Literal["entropy", "uniform"] = option("entropy", "where timesteps are drawn more often")
-    uniform_share: float = option(0.1, "share of uniform mixed into the entropy proposal; bounds its weights")
+    timestep_proposal: Literal["surprise", "entropy", "uniform"] = option(
+        "surprise", "where timesteps are drawn more often: where tokens were improbable, where much was open, nowhere"
+    )
+    uniform_share: float = option(0.1, "share of uniform mixed into the proposal; bounds its weights")
 
     completion_length: int = option(16, "tokens in a completion")
     block_length: int = option(16, "blocks are unmasked from left to right; must divide completion_length")
@@ -1854,10 +1871,10 @@ def print_cost(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     total = {name: sum(line.get(name, 0) for line in lines) for name in lines[-1]}
     phases = ", ".join(f"{name} {total['seconds_' + name]:.0f} s" for name in ("rollout", "reward", "update"))
-    saved = total["passes_saved_no_advantage"] + total["passes_saved_repeats"]
+    saved = total["passes_saved_no_advantage"] + total["passes_saved_short"]
     print(
         f"{len(lines)} updates: {phases}; {total['rollout_tokens_per_second'] / len(lines):,.0f} tokens/s in rollouts; "
-        f"{total['passes']:,.0f} (completion, timestep) pairs learnt from, {saved:,.0f} saved (no advantage or drawn twice); "
+        f"{total['passes']:,.0f} (completion, timestep) pairs learnt from, {saved:,.0f} saved (no advantage, or fewer than k steps); "
         f"peak memory {lines[-1]['peak_memory_gib']:.1f} GiB"
     )
 
