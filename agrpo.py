@@ -16,7 +16,7 @@ at each step. That is a Markov decision process, and AGRPO is GRPO on it:
     timesteps    the gradient is a sum over all T steps; draw k of them, weighted so that the mean is right   draw_timesteps
     estimate     one pass for each drawn step: log-probabilities of what was filled in there, in that state   step_logps
     objective    GRPO's clipped ratio, token by token                                                         clipped_objective
-    update       gradient of all this over the batch, then AdamW                                              policy_gradient
+    update       the gradient of all this over the batch; then AdamW                                          policy_gradient
 
 The log-likelihood of a trajectory is exact here, not a bound. With random unmasking the order carries no parameters,
 so log pi(trajectory | prompt) is the sum, over steps, of the log-probabilities of the tokens filled in, plus a
@@ -36,7 +36,8 @@ The paper's letters, and the words for them in this file:
     rho           ratio                        new probability of a token over the one it was sampled with
     eps, beta     eps_low, eps_high, beta      clipping range; weight of the KL term
     tau           temperature
-    theta         model                        any Hugging Face PreTrainedModel with a head on top
+    theta         model                        a Hugging Face PreTrainedModel of bidirectional attention: `base_model` makes
+                                               hidden states, `lm_head` (or BERT's `cls`) makes logits of them
 """
 
 import ast
@@ -93,7 +94,10 @@ from transformers import (
 
 @dataclass
 class Rollout:
-    """B completions and how each came about: one trajectory of the unmasking process a row. (float64 for such a model.)"""
+    """B completions and how each came about: one trajectory of the unmasking process a row.
+
+    logp and entropy are float64 where the model is.
+    """
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
@@ -152,8 +156,10 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
     """Log-probabilities of the policy: softmax at a temperature over every id but mask_id, or over the kept ids.
 
     logits (..., V); kept (..., K) int64 from `truncate`. Returns (..., V), or (..., K) in the order of kept; float32,
-    or float64 for float64 logits. The sampler and the gradient both call this: one policy, one definition.
+    or float64 for float64 logits. Temperature 0 is greedy, a choice from one (top-k of 1): log-probability 0 at any
+    temperature, so 1 is taken. The sampler and the gradient both call this: one policy, one definition.
     """
+    temperature = temperature or 1.0
     if kept is None:
         return (_without(_wide(logits), mask_id) / temperature).log_softmax(-1)
     logits = _wide(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
@@ -216,7 +222,7 @@ def sample(
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
     per_step = tokens_per_step(completion_length, block_length, steps)
-    if temperature == 0:  # greedy is a choice from one: its log-probability and entropy come out as 0
+    if temperature == 0:  # greedy: a choice from one
         temperature, top_k = 1.0, 1
     (B, P), C, device = prompt.shape, completion_length, prompt.device
     logp_type = torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -354,11 +360,11 @@ def step_logps(
 
     token = completion.gather(1, where)[..., None]  # (N, n, 1)
     if rollout.kept is None:
-        logps = policy_logps(logits, mask_id, temperature or 1.0).gather(-1, token).squeeze(-1)  # (N, n)
+        logps = policy_logps(logits, mask_id, temperature).gather(-1, token).squeeze(-1)  # (N, n)
     else:
         kept = rollout.kept[rows[:, None], where]  # (N, n, K)
         pick = (kept == token).int().argmax(-1, keepdim=True)
-        logps = policy_logps(logits, mask_id, temperature or 1.0, kept).gather(-1, pick).squeeze(-1)
+        logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, pick).squeeze(-1)
     logps = logps.masked_fill(~revealed.gather(1, where), 0)
     return torch.zeros(revealed.shape, dtype=logps.dtype, device=logps.device).scatter(1, where, logps), revealed
 
@@ -427,13 +433,14 @@ def one_step_view(
 
     Every completion token is masked, and each prompt token with probability prompt_masking, anew at each call; one pass
     then gives all log-probabilities. These are states that the sampler never was in, so the gradient is biased. To be
-    given to `policy_gradient` in place of the rollout. Its logp is the model's now, before any update (not computed, 0,
-    with on_policy=True: the first update needs none); nothing is truncated. generator: on the CPU.
+    given to `policy_gradient` in place of the rollout: it looks like one whose rows took one step. Its logp is the
+    model's now, before any update (with on_policy=True the sampler's: the first update takes the ratio as 1); nothing
+    is truncated. generator: on the CPU.
     """
     hidden = (torch.rand(rollout.prompt.shape, generator=generator) < prompt_masking).to(rollout.prompt.device)
     prompt = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id)
     step, num_steps = rollout.step.clamp(max=0), rollout.num_steps.clamp(max=1)
-    view = replace(rollout, prompt=prompt, step=step, num_steps=num_steps, kept=None, logp=0 * rollout.logp)
+    view = replace(rollout, prompt=prompt, step=step, num_steps=num_steps, kept=None)
     if on_policy:
         return view
     with torch.no_grad():
@@ -581,8 +588,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
     from the newest checkpoint in args.output_dir, if there is one. Every random choice is seeded by (seed, what it is
     for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an update),
     completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False. Under
-    torchrun each process rolls out its share of the prompts, and gradients are averaged. Raises FloatingPointError,
-    after saving the last good weights, where one update after another has no finite gradient.
+    torchrun each process rolls out its share of the prompts, and gradients are averaged. Raises FloatingPointError
+    where one update after another has no finite gradient.
     """
     run, chat = Path(args.output_dir), tokenizer.chat_template is not None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -612,7 +619,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
         if args.method == "diffu_grpo":
             for again in range(len(views)):
-                rng = generator("cpu", args.seed, "prompt masks", update, again, rank())
+                rng = seeded_generator("cpu", args.seed, "prompt masks", update, again, rank())
                 with autocast(model, args):
                     views[again] = one_step_view(model, rollout, on_policy=again == 0, generator=rng, **policy)
         elif args.timestep_proposal != "uniform":
@@ -625,7 +632,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         for again, view in enumerate(views):
             optimizer.zero_grad()
             policy |= {"on_policy": again == 0, "proposal": proposal, "ref_model": ref_model}
-            policy["generator"] = generator("cpu", args.seed, "timesteps", update, again, rank())
+            policy["generator"] = seeded_generator("cpu", args.seed, "timesteps", update, again, rank())
             with autocast(model, args):
                 figures = policy_gradient(model, view, advantage, **policy, **objective)
             passes.update({name: figures[name] for name in PASSES})
@@ -676,15 +683,18 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             shown = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
             append_line(run / "completions.jsonl", shown | {"reward": float(rewards[n])})
 
-        finished, stopping = update + 1 == args.max_steps, any_rank(bool(stop)) or skipped >= 5
-        if stopping or finished or (update + 1) % args.save_every == 0:
-            save_training_state(run, update + 1, model, tokenizer, optimizer, args.keep_checkpoints)
-        if skipped >= 5:
-            raise FloatingPointError(
-                f"{skipped} updates in a row had no finite gradient, up to update {update + 1}; they were skipped, and the "
-                f"weights from before are in {checkpoints(run)[-1]}. Most likely --learning_rate {args.learning_rate:g} is "
-                "too high, or --beta or --updates_per_rollout lets the ratio overflow"
+        if skipped == 5:
+            last = (
+                f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "no checkpoint was saved yet"
             )
+            raise FloatingPointError(
+                f"{skipped} updates in a row, up to update {update + 1}, had no finite gradient and were skipped; {last}. "
+                f"Most likely --learning_rate {args.learning_rate:g} is too high, or --beta or --updates_per_rollout lets "
+                "the ratio overflow: start again with less"
+            )
+        finished, stopping = update + 1 == args.max_steps, any_rank(bool(stop))
+        if stopping or finished or ((update + 1) % args.save_every == 0 and not skipped):
+            save_training_state(run, update + 1, model, tokenizer, optimizer, args.keep_checkpoints)
         if stopping:
             break
     progress.close()
@@ -702,10 +712,8 @@ def roll_out(model, tokenizer, mask_id: int, task: "Task", examples: list, updat
     drawn, size = draw_examples(examples, update, args), args.rollout_batch // args.group_size
     for c in range(rank(), len(drawn) // size, world_size()):
         part = [example for example in drawn[c * size : (c + 1) * size] for _ in range(args.group_size)]
-        prompts, rng = (
-            [task.prompt(e, tokenizer) for e in part],
-            generator(model.device, args.seed, "rollout", update, c),
-        )
+        prompts = [task.prompt(example, tokenizer) for example in part]
+        rng = seeded_generator(model.device, args.seed, "rollout", update, c)
         with autocast(model, args):
             rollout, written = complete(model, tokenizer, mask_id, prompts, rng, **args.sampling())
         batch, texts, rollouts = batch + part, texts + written, rollouts + [rollout]
@@ -746,7 +754,7 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", examples: list, batch
     for start in range(rank() * batch, len(examples), world_size() * batch):
         part = examples[start : start + batch]
         prompts = [task.prompt(example, tokenizer) for example in part]
-        rng = generator(model.device, seed, "evaluation", start)
+        rng = seeded_generator(model.device, seed, "evaluation", start)
         _, texts = complete(model, tokenizer, mask_id, prompts, rng, **sampling)
         for example, prompt, text in zip(part, prompts, texts):
             records.append({"prompt": prompt, "completion": text, "correct": task.correct(example, text, chat)})
@@ -759,7 +767,7 @@ def accuracy(records: list[dict]) -> float:
     return right / number
 
 
-def generator(device, *key) -> torch.Generator:
+def seeded_generator(device, *key) -> torch.Generator:
     """A random generator of its own for each purpose: key says which, so nothing random has a state to be saved."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 
@@ -1360,9 +1368,11 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in architecture(config).parameters())
     refuse_on_cpu(name_or_path, size, device)
-    model, loaded = architecture.from_pretrained(
-        folder, config=config, key_mapping=key_mapping, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    options = {"key_mapping": key_mapping, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, loaded = architecture.from_pretrained(folder, config=config, **options)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: weights missing or damaged ({str(error).splitlines()[0]})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[problem]:
             names = ", ".join(sorted(map(str, loaded[problem]))[:5])
@@ -1588,7 +1598,7 @@ def pretrain(model, tokenizer, mask_id: int, examples: list[tuple[str, str]], ar
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.pretrain_learning_rate)
     bar, losses = tqdm(range(args.pretrain_steps), desc="pretraining", unit="step"), []
     for step in bar:
-        rng = generator("cpu", args.seed, "pretrain", step)
+        rng = seeded_generator("cpu", args.seed, "pretrain", step)
         rows = torch.randint(len(prompts), (args.pretrain_batch,), generator=rng)
         t = (torch.arange(len(rows)) + torch.rand(len(rows), generator=rng))[:, None] / len(rows)  # (B, 1), stratified
         t = t.clamp(min=1e-3)
@@ -1816,20 +1826,31 @@ def check_settings(args: Settings) -> None:
         raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
 
 
-def starting_model(task: Task, args: Settings, device: torch.device):
-    """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside the run."""
-    keep_half = args.bf16 and device.type == "cuda" and args.lora_rank > 0
-    dtype = torch.bfloat16 if keep_half else torch.float32
+def starting_model(task: Task, examples: list, args: Settings, device: torch.device):
+    """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside the run.
+
+    Raises ValueError where the longest prompt and a completion do not fit into the model's positions.
+    """
+    half_weights = args.bf16 and device.type == "cuda" and args.lora_rank > 0
+    dtype = torch.bfloat16 if half_weights else torch.float32
+    model, tokenizer, mask_id = load_model(args.model, device, dtype)
+    longest = max(len(ids) for ids in tokenizer([task.prompt(example, tokenizer) for example in examples])["input_ids"])
+    completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
+    if longest + completion > most:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for {most}: "
+            "use a smaller --completion_length and --eval_completion_length, or shorter examples"
+        )
     if args.model != "tiny":
-        return load_model(args.model, device, dtype)
+        return model, tokenizer, mask_id
     recipe = {name: value for name, value in asdict(args).items() if "pretrain" in name or name == "seed"}
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{digest}"
     if not cache.exists() and rank() == 0:
         torch.manual_seed(args.seed)
         model, tokenizer, mask_id = load_model("tiny", device)
-        examples = [(task.prompt(example, tokenizer), example["solution"]) for example in task.examples("train", args)]
-        pretrain(model, tokenizer, mask_id, examples, args)
+        pairs = [(task.prompt(example, tokenizer), example["solution"]) for example in task.examples("train", args)]
+        pretrain(model, tokenizer, mask_id, pairs, args)
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
         aside.rename(cache)
@@ -1879,17 +1900,6 @@ def print_cost(run: Path) -> None:
     )
 
 
-def check_lengths(model, tokenizer, task: Task, examples: list, args: Settings) -> None:
-    """Raise ValueError where the longest prompt and a completion do not fit into the model's positions."""
-    longest = max(len(ids) for ids in tokenizer([task.prompt(example, tokenizer) for example in examples])["input_ids"])
-    completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
-    if longest + completion > most:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for {most}: "
-            "shorten --completion_length and --eval_completion_length, or the examples"
-        )
-
-
 def main(argv: list[str] | None = None) -> None:
     began = time.time()
     transformers.logging.set_verbosity_error()  # what goes wrong in loading is refused below, in a sentence
@@ -1921,8 +1931,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0 and not args.resume:
             run.mkdir(parents=True, exist_ok=True)
             write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
-        model, tokenizer, mask_id = starting_model(task, args, device)
-        check_lengths(model, tokenizer, task, examples + test, args)
+        model, tokenizer, mask_id = starting_model(task, examples + test, args, device)
         size = sum(p.numel() for p in model.parameters())
         say(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
         results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
@@ -1949,7 +1958,7 @@ def main(argv: list[str] | None = None) -> None:
             print_cost(run)
     except (ValueError, FloatingPointError) as error:
         refuse(str(error))
-    except OSError as error:  # a full disk, most likely; a checkpoint is renamed only when whole
+    except (OSError, SafetensorError) as error:  # a full disk, most likely; a checkpoint is renamed only when whole
         last = (
             f"The last whole checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "There is no checkpoint yet"
         )

@@ -55,7 +55,7 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list[dict], opt
     for start in tqdm(starts, desc=f"{steps} steps", leave=False, disable=rank() > 0):
         part = examples[start : start + options.batch]
         prompts = [task.prompt(example, tokenizer) for example in part]
-        rng = agrpo.generator(model.device, seed, "evaluation", start)
+        rng = agrpo.seeded_generator(model.device, seed, "evaluation", start)
         rollout, texts = agrpo.complete(model, tokenizer, mask_id, prompts, rng, **sampling)
         filled = (rollout.step >= 0).sum(1).tolist()
         length = (rollout.completion != eos_id).int().cumprod(1).sum(1).tolist()  # tokens before the first EOS

@@ -12,6 +12,8 @@ likelihood, the expected reward, its gradient, the mean of an update over all tr
 import itertools
 import json
 import math
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -1075,9 +1077,9 @@ SHORT += ["--eval_steps", "4", "1", "--eval_examples", "8", "--save_every", "2",
 
 
 def figures(run):
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+    return [{name: value for name, value in line.items() if not re.search("second|memory", name)} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -1197,6 +1199,40 @@ def test_a_run_is_never_overwritten_and_keeps_its_settings(short_run):
         with pytest.raises(SystemExit, match=said):
             agrpo.main([*argv, str(short_run)])
     assert (short_run / "settings.json").read_text() == before
+
+
+def test_updates_without_a_finite_gradient_are_skipped_and_then_stop_the_run(tmp_path, monkeypatch, short_run):
+    """The weights stay as they were; five in a row end the run, with the last good checkpoint named."""
+    whole, calls = agrpo.clipped_objective, itertools.count()
+    bad = {3, 6, 7, 8, 9, 10}  # the updates, counted from 0, whose gradient is NaN
+    monkeypatch.setattr(agrpo, "clipped_objective", lambda *a: whole(*a) * (math.nan if next(calls) in bad else 1.0))
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"5 updates in a row, up to update 11, .*checkpoint-6\. .*--learning_rate"):
+        agrpo.main([*SHORT, *f"--max_steps 20 --save_every 2 --micro_batch 4096 --output_dir {run}".split()])
+    assert [line["skipped_in_a_row"] for line in figures(run)] == [0, 0, 0, 1, 0, 0, 1, 2, 3, 4, 5]
+    assert all(p.isfinite().all() for p in agrpo.load_model(str(run))[0].parameters())
+
+
+def test_a_full_disk_or_a_damaged_checkpoint_is_one_sentence(tmp_path, monkeypatch, short_run):
+    """The last whole checkpoint stays, and the run goes on from it; a file cut short is named."""
+    run, save = tmp_path / "run", agrpo.save_file
+
+    def full(tensors, path, **options):
+        if "checkpoint-2" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(agrpo, "save_file", full)
+    with pytest.raises(SystemExit, match=r"No space left.*last whole checkpoint is .*checkpoint-1; .*--resume"):
+        agrpo.main([*SHORT, *f"--max_steps 3 --save_every 1 --output_dir {run}".split()])
+    monkeypatch.setattr(agrpo, "save_file", save)
+    agrpo.main(["--resume", str(run)])
+    assert [line["update"] for line in figures(run)] == [1, 2, 3] and not [*run.glob("*.part")]
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        file = run / "checkpoint-3" / name
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(SystemExit, match=rf"{'checkpoint-3' if name[0] == 'm' else name}.*damaged"):
+            agrpo.main(["--resume", str(run)])
 
 
 # ======================================================================================================================
@@ -1843,6 +1879,58 @@ def test_two_processes_share_out_the_examples_and_count_each_once(half_known, tm
     assert written[1] == written[2]
     lines = [json.loads(line) for line in written[2][0].splitlines()]
     assert [line["example"] for line in lines] == [*range(24), *range(24)]
+
+
+# ======================================================================================================================
+# The README
+# ======================================================================================================================
+
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_readme_commands_have_the_options_they_name(tmp_path, monkeypatch):
+    """Every `python agrpo.py ...`, `torchrun ... agrpo.py ...` and eval.py line: nothing in it is unknown or misspelt."""
+    lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    lines += re.findall(r"`(python (?:agrpo|eval)\.py[^`]*)`", README)
+    found = [re.search(r"(agrpo|eval)\.py(.*)", line) for line in lines if "pytest" not in line]
+    commands = [(match[1], match[2].split()) for match in found if match]
+    assert len(commands) >= 8
+    monkeypatch.chdir(tmp_path)
+    for script, argv in commands:
+        if "--resume" in argv:  # needs a run; the option is tested above
+            continue
+        argv = ["0" if word == "S" else word for word in argv]
+        (agrpo.parse_settings if script == "agrpo" else curve.parse_options)(argv)
+
+
+def test_readme_names_exist_and_its_table_is_complete():
+    """Every name in the table from the paper to the code is there; every function of the sections 1 to 4 is in it."""
+    table = README[README.index("| in the paper |") :].split("\n\n")[0]
+    named = set(re.findall(r"`([a-z_A-Z]+)(?:\.[a-z_]+)?`", table))
+    assert all(hasattr(agrpo, name) for name in named)
+    source = Path(agrpo.__file__).read_text(encoding="utf-8").split("# 5. Training loop")[0]
+    defined = set(re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", source, re.MULTILINE))
+    assert defined - named == set(), "in sections 1 to 4, but not in the README's table"
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    """The Python blocks, as they stand; the one that merges an adapter finds one."""
+    monkeypatch.chdir(tmp_path)
+    llada_checkpoint(tmp_path / "llada")
+    model, tokenizer, _ = agrpo.load_model("llada")
+    agrpo.add_lora(model, 2, 4.0)
+    examples = blocks("python")
+    assert len(examples) == 2
+    for example in examples:
+        for run in re.findall(r"runs/[\w-]+", example):
+            agrpo.save_model(model, tokenizer, tmp_path / run)
+        paths = {"PYTHONPATH": str(Path(agrpo.__file__).parent), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=os.environ | paths, check=True)
+    assert agrpo.load_model("merged")[0].num_parameters() > 0
 
 
 if __name__ == "__main__":
