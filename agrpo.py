@@ -529,6 +529,7 @@ def policy_gradient(
     micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
     """
     B, T = rollout.entropy.shape
+    k = min(k, T)
     learns = (rollout.num_steps > 0) & ((advantage != 0) | (beta > 0))
     rows = learns.nonzero().squeeze(1)
     names = ("loss", "tokens", "clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")
@@ -1779,30 +1780,32 @@ def refuse(sentence: str):
 
 def check_settings(args: Settings) -> None:
     """Raise ValueError with one sentence on the first setting that cannot work, before anything is loaded or written."""
-    for bound, within, names in (
-        (
-            "0 or more",
-            lambda x: 0 <= x < math.inf,
-            "show_every top_k weight_decay beta eps_high seed lora_rank eval_every",
-        ),
-        ("0 or more", lambda x: 0 <= x < math.inf, "eval_examples pretrain_steps pretrain_until"),
-        ("1 or more", lambda x: x >= 1, "max_steps prompts_per_update k completion_length block_length steps"),
-        ("1 or more", lambda x: x >= 1, "updates_per_rollout micro_batch eval_batch save_every keep_checkpoints"),
-        ("1 or more", lambda x: x >= 1, "pretrain_batch rollout_batch eval_completion_length eval_block_length"),
-        ("above 0", lambda x: 0 < x < math.inf, "temperature learning_rate max_grad_norm lora_alpha"),
-        ("above 0", lambda x: 0 < x < math.inf, "pretrain_learning_rate"),
-        ("at least 0 and below 1", lambda x: 0 <= x < 1, "eps_low warmup_ratio adam_beta1 adam_beta2"),
-        ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p uniform_share"),
-    ):
+
+    def demand(bound: str, fits: Callable[[float], bool], names: str):
         for name in names.split():
-            if not within(getattr(args, name)):
+            if not fits(getattr(args, name)):
                 raise ValueError(f"--{name} must be {bound}, not {getattr(args, name)}")
+
+    count, natural = ("from 1 to 1,000,000", lambda x: 1 <= x <= 10**6), ("0 or more", lambda x: 0 <= x < 2**63)
+    demand(
+        *count, "max_steps prompts_per_update k completion_length block_length steps updates_per_rollout micro_batch"
+    )
+    demand(*count, "rollout_batch save_every keep_checkpoints pretrain_batch eval_completion_length eval_block_length")
+    demand(*count, "eval_batch")
+    demand(*natural, "top_k seed lora_rank eval_every eval_examples show_every pretrain_steps")
+    demand("0 or more", lambda x: 0 <= x < math.inf, "weight_decay beta eps_high pretrain_until")
+    positive = "temperature learning_rate max_grad_norm lora_alpha pretrain_learning_rate"
+    demand("above 0", lambda x: 0 < x < math.inf, positive)
+    demand("at least 0 and below 1", lambda x: 0 <= x < 1, "eps_low warmup_ratio adam_beta1 adam_beta2")
+    demand("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p uniform_share")
     if args.group_size < 2:
         raise ValueError(
             f"--group_size {args.group_size}: an advantage compares completions of one prompt; use 2 or more"
         )
     if args.model == "tiny" and args.task != "sudoku":
         raise ValueError(f"--model tiny knows only sudoku; for {args.task} give a LLaDA or Dream checkpoint by --model")
+    if not args.eval_steps:
+        raise ValueError("--eval_steps needs at least one number of sampling steps")
     lengths = (args.completion_length, args.block_length), (args.eval_completion_length, args.eval_block_length)
     for prefix, (completion_length, block_length) in zip(("", "eval_"), lengths):
         for steps in args.eval_steps if prefix else [args.steps]:
