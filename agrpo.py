@@ -43,8 +43,10 @@ The paper's letters, and the words for them in this file:
 import ast
 import contextlib
 import copy
+import csv
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -1046,48 +1048,62 @@ FORMAT = "Think first, inside <reasoning> and </reasoning>. Then write the answe
 
 
 def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
-    """Rows of a local data set, as dicts of strings: a .jsonl, .json, .csv or .parquet file, or a folder of train.* and test.*.
-
-    Raises ValueError that names the file, and the row where a column is missing or empty.
+    """Rows of a local data set, as dicts of strings: a .jsonl, .json, .csv or .parquet file, or a folder of train.* and
+    test.* (or train-00000-of-00001.*, as on the hub). Raises ValueError that names the file, and the row, where something
+    is missing, empty or not text: nothing is skipped.
     """
-    file = Path(path)
-    found = [file]
-    if file.is_dir():
-        found = sorted(f for f in file.iterdir() if f.stem.startswith(split) and f.suffix in READERS)
-        if not found:
-            raise ValueError(f"--data {path}: no {split}.jsonl, .json, .csv or .parquet in this folder")
-    elif not file.is_file():
+    files = [Path(path)]
+    if files[0].is_dir():
+        files = sorted(f for f in files[0].iterdir() if f.stem.split("-")[0] == split and f.suffix in DATA_FILES)
+        if not files or len({f.suffix for f in files}) > 1:
+            raise ValueError(f"--data {path}: this folder should hold one {split}.jsonl, .json, .csv or .parquet")
+    elif not files[0].is_file():
         raise ValueError(f"--data {path}: no such file or folder")
-    suffix = found[0].suffix
-    if suffix not in READERS:
+    elif files[0].suffix not in DATA_FILES:
         raise ValueError(f"--data {path}: give a .jsonl, .json, .csv or .parquet file, or a folder of them")
-    from datasets import Features, Value, disable_progress_bars, load_dataset
-
-    disable_progress_bars()
-    as_text = {}
-    if suffix == ".csv":  # read as numbers, a Sudoku would lose its leading zeros
-        with open(found[0], encoding="utf-8") as opened:
-            header = opened.readline().strip().split(",")
-        as_text["features"] = Features({name: Value("string") for name in header})
-    try:
-        table = load_dataset(READERS[suffix], data_files=list(map(str, found)), split="train", **as_text)
-    except Exception as error:  # of many kinds, by format
-        raise ValueError(f"--data {path}: not readable as {suffix}: {str(error).splitlines()[0]}") from error
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise ValueError(f"--data {path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
     rows = []
-    for number, row in enumerate(table, start=1):
-        for name in columns:
-            if row[name] is None or not str(row[name]).strip():
-                raise ValueError(f"--data {path}, row {number}: {name} is empty")
-        rows.append({name: str(row[name]) for name in columns})
+    for file in files:
+        try:
+            table = read_table(file)
+        except (ValueError, OSError, csv.Error, RecursionError) as error:
+            raise ValueError(f"--data {file}: not readable as {file.suffix} in UTF-8: {error}") from None
+        for number, row in enumerate(table, start=1):
+            missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+            if missing:
+                there = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
+                raise ValueError(f"--data {file}, row {number}: no {' and no '.join(missing)}; it has {there}")
+            for name in columns:
+                if type(row[name]) not in (str, int, float) or not str(row[name]).strip():
+                    raise ValueError(f"--data {file}, row {number}: {name} is empty or not text: {row[name]!r:.50}")
+            rows.append({name: str(row[name]) for name in columns})
     if not rows:
         raise ValueError(f"--data {path}: no rows in it")
     return rows
 
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_table(file: Path) -> list[dict]:
+    if file.suffix == ".parquet":
+        import datasets
+
+        datasets.disable_progress_bars()
+        return datasets.Dataset.from_parquet(str(file)).to_list()
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix == ".csv":  # all as text: read as numbers, a Sudoku would lose its leading zeros
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    if file.suffix == ".json":
+        rows = json.loads(text)
+        return rows if isinstance(rows, list) else [rows]
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
+
 
 # --- sudoku
 
@@ -1147,7 +1163,7 @@ def sudoku_right(example: dict, answer: str) -> bool:
 
 def sudoku_credit(example: dict, answer: str) -> float:
     """The share of rows, columns and boxes that hold 1 to 4 once; 0 if the answer is not 16 cells that keep the clues."""
-    cells = "".join(answer[:100].split())
+    cells = "".join(answer.split()) if len(answer) <= 100 else ""
     if len(cells) != 16 or not all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells)):
         return 0.0
     return sum({cells[i] for i in unit} == set("1234") for unit in UNITS) / len(UNITS)
@@ -1196,8 +1212,8 @@ def countdown_question(example: dict) -> str:
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether the answer is an expression of the target from exactly the given numbers ("= target" may follow it)."""
-    expression, equals, target = answer[:200].partition("=")
-    if equals and target.strip() != str(example["target"]):
+    expression, equals, target = answer.partition("=")
+    if len(answer) > 200 or equals and target.strip() != str(example["target"]):
         return False
     used = sorted(re.findall(r"\d+", expression))
     return used == sorted(map(str, example["numbers"])) and arithmetic(expression) == example["target"]

@@ -1260,7 +1260,8 @@ def test_a_sudoku_answer_must_be_a_grid_that_keeps_the_clues():
     assert task.reward(example, "4312213434211243", chat=False) == 2
     assert task.reward(example, "1234341221434321", chat=False) == 0
     assert 0 < task.reward(example, "4312213434211143", chat=False) < 1
-    for nonsense in ("", "4312", "4312213434211243" * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣"):
+    late = "4312213434211243" + " " * 100 + "and more"  # too long is wrong, not cut short
+    for nonsense in ("", late, "4312", "4312213434211243" * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣"):
         assert task.reward(example, nonsense, chat=False) == 0
 
 
@@ -1273,9 +1274,43 @@ def test_sudoku_files_keep_their_leading_zeros_and_bad_rows_are_named(tmp_path):
     file.write_text("Puzzle,Solution\n1002020100030310,1432324141232314\n310200404001043,4312213434211243\n")
     with pytest.raises(ValueError, match=r"row 2.*310200404001043"):
         agrpo.TASKS["sudoku"].examples("test", agrpo.Settings(data=str(file)))
-    file.write_text("Question,Solution\n1,2\n")
-    with pytest.raises(ValueError, match="no column Puzzle"):
-        agrpo.TASKS["sudoku"].examples("test", agrpo.Settings(data=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"Question,answer\n1,2\n", "row 1: no question; it has Question, answer"),
+        ("a.csv", b"question,answer\nq,#### 5\nq\n", "row 2: answer is empty or not text: None"),
+        ("a.csv", "question,answer\ncaf\xe9,#### 5\n".encode("latin-1"), "not readable as .csv in UTF-8"),
+        ("a.csv", b'question,answer\n"q,#### 5\n', "unexpected end of data"),
+        ("a.csv", b"question,answer\n", "no rows in it"),
+        ("a.jsonl", b"", "no rows in it"),
+        ("a.jsonl", b'{"question": "q", "answer": "#### 5"}\n{"question": "q", "answer": ', "line 2: Expecting value"),
+        ("a.jsonl", b'{"question": "q", "answer": "#### 5"}\n{"question": "q"}', "row 2: no answer; it has question"),
+        ("a.jsonl", b'{"question": null, "answer": "#### 5"}', "row 1: question is empty or not text: None"),
+        ("a.jsonl", b'{"question": ["q"], "answer": "#### 5"}', "row 1: question is empty or not text"),
+        ("a.jsonl", b'{"question": "q", "answer": "five"}', "row 1: its answer does not end in #### and a number"),
+        ("a.jsonl", '{"question": "q", "answer": "#### 5"}'.encode("utf-16"), "not readable as .jsonl in UTF-8"),
+        ("a.json", b'{"data": []}', "row 1: no question and no answer; it has data"),
+        ("a.json", b"[" * 100_000, "not readable as .json"),
+        ("a.parquet", b"nonsense", "not readable as .parquet"),
+        ("a.txt", b"q", "give a .jsonl, .json, .csv or .parquet file"),
+        ("testimony.jsonl", None, "should hold one test.jsonl"),
+        ("test.jsonl", None, None),
+        ("test-00000-of-00001.jsonl", None, None),
+    ],
+)
+def test_data_that_are_not_what_they_should_be_are_named(name, content, said, tmp_path):
+    """The file and the row, in one sentence; nothing is skipped. With content None it is a folder that is given."""
+    row = b'\xef\xbb\xbf{"question": "q\xe2\x80\xa8", "answer": "#### 5"}\n\n'  # a byte order mark, a line separator
+    (tmp_path / name).write_bytes(row if content is None else content)
+    settings = agrpo.Settings(task="gsm8k", data=str(tmp_path if content is None else tmp_path / name))
+    if said is None:
+        assert agrpo.TASKS["gsm8k"].examples("test", settings)[0]["question"] == "q\u2028"
+        return
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        agrpo.TASKS["gsm8k"].examples("test", settings)
+    assert str(settings.data) in str(refused.value) and "\n" not in str(refused.value)
 
 
 GSM8K = {"gold": "1,234"}
@@ -1340,6 +1375,7 @@ def test_countdown_expressions_are_parsed_exactly_and_never_run():
     ]
     for answer in wrong:
         assert not agrpo.countdown_right(example, answer), answer
+    assert not agrpo.countdown_right(example, "30 + 93 - 100" + " " * 200 + "or so")  # too long is wrong, not cut short
     assert agrpo.arithmetic("1/0") is None and agrpo.arithmetic("1/3") == Fraction(1, 3)
     for split in ("train", "test"):
         for problem in agrpo.TASKS["countdown"].examples(split, agrpo.Settings(task="countdown"))[:50]:
