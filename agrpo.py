@@ -71,7 +71,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -942,6 +942,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as a JSON object: {error}") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """All of a file or nothing, whenever the process is killed."""
     path.with_suffix(".part").write_text(text)
@@ -1374,16 +1381,26 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
 
     folder = find_checkpoint(name_or_path, device)
     if (folder / "adapter_config.json").is_file():
-        adapter = json.loads((folder / "adapter_config.json").read_text())
-        model, tokenizer, mask_id = load_model(adapter["base_model_name_or_path"], device, dtype)
-        add_lora(model, adapter["r"], adapter["lora_alpha"])
+        adapter = read_json(folder / "adapter_config.json")
+        base, r, alpha = (adapter.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
+        if not isinstance(base, str) or type(r) is not int or type(alpha) not in (int, float) or not 0 < r <= 4096:
+            raise ValueError(f"{folder}: adapter_config.json does not give base_model_name_or_path, r and lora_alpha")
+        if (Path(base) / "adapter_config.json").exists():
+            raise ValueError(f"{folder}: the base model that adapter_config.json names, {base}, is an adapter itself")
+        model, tokenizer, mask_id = load_model(base, device, dtype)
+        add_lora(model, r, alpha)
         model.load_state_dict(lora_weights(model, read_tensors(folder / "adapter_model.safetensors")), strict=False)
         return model, tokenizer, mask_id
 
-    raw = json.loads((folder / "config.json").read_text())
-    architecture, config, key_mapping = native_architecture(raw, name_or_path)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in architecture(config).parameters())
+    raw, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+    if index.exists() and any(Path(str(file)).name != file for file in read_json(index).get("weight_map", {}).values()):
+        raise ValueError(f"{index} names files outside its folder")
+    try:
+        architecture, config, key_mapping = native_architecture(raw, name_or_path)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in architecture(config).parameters())
+    except (TypeError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no model: {str(error).splitlines()[0]}") from None
     refuse_on_cpu(name_or_path, size, device)
     options = {"key_mapping": key_mapping, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
@@ -1766,7 +1783,12 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         saved = Path(first.resume) / "settings.json"
         if not saved.is_file():
             refuse(f"--resume {first.resume}: no run there (no settings.json); give the folder that the run printed")
-        original = json.loads(saved.read_text()) | {"resume": first.resume, "output_dir": first.resume}
+        try:
+            original = read_json(saved) | {"resume": first.resume, "output_dir": first.resume}
+        except ValueError as error:
+            refuse(str(error))
+        if original.keys() != {f.name for f in fields(Settings)}:
+            refuse(f"{saved} has not the settings of this agrpo.py; go on with the one that began the run")
         parser.set_defaults(**original)
     else:
         if first.task != "sudoku":
@@ -1787,7 +1809,7 @@ def is_bert(name: str) -> bool:
     """Whether a folder holds the tiny model, whose defaults then apply."""
     folder = Path(name)
     config = (checkpoints(folder) or [folder])[-1] / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "bert"
+    return config.is_file() and '"model_type": "bert"' in config.read_text(errors="replace")
 
 
 def refuse(sentence: str):

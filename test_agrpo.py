@@ -1516,6 +1516,30 @@ def test_a_checkpoint_that_is_not_what_it_should_be_is_refused_by_name(change, t
         agrpo.load_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", "{", "not readable as a JSON object"),
+        ("config.json", "[1]", "not readable as a JSON object"),
+        ("config.json", '{"model_type": "bert", "hidden_size": -5}', "describes no model"),
+        ("config.json", '{"model_type": "bert", "num_attention_heads": 0}', "describes no model"),
+        ("config.json", '{"model_type": "gpt2"}', "'gpt2' model"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": "../../secret.safetensors"}}', "outside its folder"),
+        ("model.safetensors", "__import__('os').system('true')", "missing or damaged"),
+        ("adapter_config.json", '{"r": 4}', "does not give base_model_name_or_path"),
+        ("adapter_config.json", '{"base_model_name_or_path": "X", "r": 4, "lora_alpha": 4}', "is an adapter itself"),
+        ("adapter_config.json", '{"base_model_name_or_path": "X", "r": -4, "lora_alpha": 4}', "does not give"),
+        ("adapter_config.json", '{"base_model_name_or_path": "Y", "r": 4, "lora_alpha": 4}', "no such folder"),
+    ],
+)
+def test_a_checkpoint_that_was_tampered_with_is_only_refused(file, content, said, tmp_path):
+    """Nothing in it is run, nothing outside its folder is read, nothing goes round in circles."""
+    llada_checkpoint(tmp_path / "llada")
+    (tmp_path / "llada" / file).write_text(content.replace("X", str(tmp_path / "llada")))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        agrpo.load_model(str(tmp_path / "llada"))
+
+
 def test_dream_reads_its_logits_one_place_to_the_left(tmp_path):
     """logits_at hands out, for position i, what Dream computes at i - 1; the tokenizer loads without remote code."""
     dream_checkpoint(tmp_path / "dream")
