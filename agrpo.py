@@ -686,7 +686,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             shown = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
             append_line(run / "completions.jsonl", shown | {"reward": float(rewards[n])})
 
-        if skipped == 5:
+        if skipped >= 5:
             last = (
                 f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "no checkpoint was saved yet"
             )
