@@ -151,6 +151,7 @@ def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, t
     if top_p < 1:
         probability = (_wide(top) / temperature).softmax(-1)
         drop |= probability.cumsum(-1) - probability >= top_p  # what is more probable already makes up top_p
+        drop[..., 0] = False
     return kept.masked_fill(drop, -1)
 
 
@@ -307,8 +308,8 @@ def draw_timesteps(
 
     How: laid end to end, a row's inclusion probabilities are k long. Points at x, 1 + x, ..., k - 1 + x with x uniform on
     [0, 1) hit each step as often as its length says (systematic sampling); the rows of a batch take their x from B
-    different strata of [0, 1), in random order. Each x alone stays uniform, so nothing is biased; far less is left to
-    chance.
+    different strata of [0, 1), in random order. Each x alone stays uniform, so nothing is biased; usually far less is left
+    to chance.
     Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that the row has taken.
     """
     if k < 1:
@@ -374,8 +375,8 @@ def step_logps(
 def surprise(rollout: Rollout) -> Tensor:
     """1 - p(token), summed over the tokens that each step filled in: (B, T), from what the sampler recorded.
 
-    The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
-    factor of at most sqrt(2): a step of tokens that the policy was sure of has next to nothing to teach.
+    The gradient of log p(token) with respect to the logits (over the temperature) is onehot(token) - p, whose length is
+    1 - p(token) up to a factor of at most sqrt(2): tokens that the policy was sure of have next to nothing to teach.
     """
     doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)
     return torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt)
@@ -385,7 +386,7 @@ def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 
     """Draw timesteps more often where more can be learnt: (1 - share) x score + share x uniform, each row summing to 1.
 
     score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64. The uniform share
-    keeps every weight below 1 / share times its uniform value, so that no rare step can blow up the gradient.
+    keeps every weight at most 1 / share times its uniform value, so that no rare step can blow up the gradient.
     """
     T = score.shape[1]
     score, length = score.double().cpu(), num_steps.cpu().clamp(min=1)[:, None]
@@ -434,7 +435,8 @@ def one_step_view(
     """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: the rollout as if one step had filled in everything.
 
     Every completion token is masked, and each prompt token with probability prompt_masking, anew at each call; one pass
-    then gives all log-probabilities. These are states that the sampler never was in, so the gradient is biased. To be
+    then gives all log-probabilities. Only the tokens of step 0 were sampled in such a state (and with all of the prompt in
+    sight), so the gradient is biased. To be
     given to `policy_gradient` in place of the rollout: it looks like one whose rows took one step. Its logp is the
     model's now, before any update (with on_policy=True the sampler's: the first update takes the ratio as 1); nothing
     is truncated. generator: on the CPU.
@@ -489,7 +491,8 @@ def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy || reference) for each token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho.
 
     The tokens come from the old policy; rho = exp(logp - old_logp) corrects for that, in the gradient too (DeepSeek-V3.2,
-    arXiv 2512.02556). Never negative, 0 where the policies agree. Elementwise.
+    arXiv 2512.02556), token by token given its state; that theta also changes which states are visited is left out.
+    Never negative, 0 where the policies agree. Elementwise.
     """
     d = ref_logp - logp
     return (logp - old_logp).exp() * (d.exp() - d - 1)
@@ -527,11 +530,11 @@ def policy_gradient(
       "constant"  T, the same for all rows (Dr. GRPO, arXiv 2503.20783): unbiased for the gradient of E[reward], times
                   (1 - 1/G) / T. Where no row ends early the two are one.
     on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw. advantage (B,).
-    ref_model: the reference for beta > 0. Passes are made for no row without advantage and no step twice; at most
+    ref_model: the reference for beta > 0. Passes are made for no row without advantage (unless beta > 0) and no step twice; at most
     micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
     """
     B, T = rollout.entropy.shape
-    k = min(k, T)
+    k = min(k, int(rollout.num_steps.max()))  # there are no more steps than that to learn from
     learns = (rollout.num_steps > 0) & ((advantage != 0) | (beta > 0))
     rows = learns.nonzero().squeeze(1)
     names = ("loss", "tokens", "clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")
@@ -543,8 +546,9 @@ def policy_gradient(
     i, j = weights.nonzero(as_tuple=True)  # one flat list of (row, step) pairs
     saved |= {"passes": len(i), "passes_saved_short": k * len(rows) - len(i)}
     rows, steps, weights = rows[i], steps[i, j], weights[i, j]
-    by_prompt_length = rollout.prompt_mask[rows].sum(1).argsort(stable=True)  # so that little is padding, or nothing
-    rows, steps, weights = rows[by_prompt_length], steps[by_prompt_length], weights[by_prompt_length]
+    # By prompt length, so that little is padding; then by step, so that equal states (step 0 of a group) share a pass.
+    order = (rollout.prompt_mask[rows].sum(1) * T + steps).argsort(stable=True)
+    rows, steps, weights = rows[order], steps[order], weights[order]
     length = rollout.num_steps[rows] if length_norm == "sequence" else T
     weights = (weights / (B * length)).to(rollout.logp.dtype)
 
@@ -642,11 +646,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             average_gradients(model)
             with_gradient = [p for p in trained if p.grad is not None]
             grad_norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, args.max_grad_norm))
-            if math.isfinite(grad_norm):
+            if math.isfinite(grad_norm):  # one bad batch must not spoil the weights
                 optimizer.step()
-                skipped = 0
-            else:  # one bad batch must not spoil the weights
-                skipped += 1
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
         seconds_update = lap()
 
         groups, tokens = rewards.view(-1, args.group_size), float((rollout.step >= 0).sum())
@@ -784,7 +786,7 @@ def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[d
 
 
 def learning_rate_at(update: int, args: "Settings") -> float:
-    """Linear warm-up over the first warmup_ratio of the updates, then constant or half a cosine down to 0."""
+    """Linear warm-up over the first warmup_ratio of the updates; constant, or half a cosine towards 0."""
     warm = min(1.0, (update + 1) / max(1, round(args.warmup_ratio * args.max_steps)))
     cosine = (1 + math.cos(math.pi * update / args.max_steps)) / 2
     return args.learning_rate * warm * (cosine if args.lr_schedule == "cosine" else 1.0)
@@ -2005,7 +2007,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         refuse(f"{error}. {last}; once that is mended, go on with: python agrpo.py --resume {run}")
     minutes, seconds = divmod(round(time.time() - began), 60)
-    say(f"{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
+    if rank() == 0:
+        print(f"{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":
