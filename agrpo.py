@@ -1293,8 +1293,11 @@ NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9
 
 
 def single_number(text: str) -> Fraction | None:
-    """The number in a text that holds exactly one; None for none, several, or a text of over 100 characters."""
-    found = NUMBER.findall(text.replace("\\", "").replace("$", "").replace("\u2212", "-")) if len(text) <= 100 else []
+    """The number in a text that holds exactly one; None for none, several, signs that are numbers but not 0 to 9, or a text
+    of over 100 characters."""
+    if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
+        return None
+    found = NUMBER.findall(text.replace("\\", "").replace("$", "").replace("\u2212", "-"))
     return Fraction(found[0].replace(",", "")) if len(found) == 1 else None
 
 

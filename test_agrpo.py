@@ -1339,7 +1339,20 @@ def test_gsm8k_answers_are_compared_as_numbers(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "1234 1234", "1233 or 1234", "1 234", "12,34", "1234/1", r"\boxed{1234} \boxed{1}", "x", "1234" * 99, "١٢٣٤"],
+    [
+        "",
+        "1234 1234",
+        "1233 or 1234",
+        "1 234",
+        "12,34",
+        "1234/1",
+        r"\boxed{1234} \boxed{1}",
+        "x",
+        "1234" * 99,
+        "١٢٣٤",
+        "1234²",
+        "1234½",
+    ],
 )
 def test_gsm8k_refuses_what_is_not_one_number(answer):
     """None, several, or an endless one: wrong."""
