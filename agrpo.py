@@ -1077,13 +1077,18 @@ def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
         except (ValueError, OSError, csv.Error, RecursionError) as error:
             raise ValueError(f"--data {file}: not readable as {file.suffix} in UTF-8: {error}") from None
         for number, row in enumerate(table, start=1):
+            if isinstance(row, dict) and None in row:
+                raise ValueError(f"--data {file}, row {number}: more values than columns: {row[None]}")
             missing = [name for name in columns if not isinstance(row, dict) or name not in row]
             if missing:
                 there = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
                 raise ValueError(f"--data {file}, row {number}: no {' and no '.join(missing)}; it has {there}")
             for name in columns:
-                if type(row[name]) not in (str, int, float) or not str(row[name]).strip():
+                text = str(row[name]).strip()
+                if type(row[name]) not in (str, int, float) or text in ("", "nan", "inf", "-inf"):
                     raise ValueError(f"--data {file}, row {number}: {name} is empty or not text: {row[name]!r:.50}")
+                if re.search("[\ud800-\udfff]", text):
+                    raise ValueError(f"--data {file}, row {number}: {name} holds half a character: {row[name]!r:.50}")
             rows.append({name: str(row[name]) for name in columns})
     if not rows:
         raise ValueError(f"--data {path}: no rows in it")
@@ -1195,7 +1200,9 @@ def countdown_examples(split: str, args: "Settings") -> list[dict]:
     if split == "test" and args.data:
         problems = []
         for number, row in enumerate(read_rows(args.data, split, ("input", "output")), start=1):
-            if not re.fullmatch(r"\d{1,6}(,\d{1,6})+", row["input"]) or not re.fullmatch(r"\d{1,9}", row["output"]):
+            if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})+", row["input"]) or not re.fullmatch(
+                "[0-9]{1,9}", row["output"]
+            ):
                 raise ValueError(
                     f'--data {args.data}, row {number}: wanted input like "30,100,93" and output like "23"'
                 )
@@ -1221,6 +1228,7 @@ def countdown_question(example: dict) -> str:
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether the answer is an expression of the target from exactly the given numbers ("= target" may follow it)."""
+    answer = " ".join(answer.replace("×", "*").replace("÷", "/").split())
     expression, equals, target = answer.partition("=")
     if len(answer) > 200 or equals and target.strip() != str(example["target"]):
         return False
@@ -1261,7 +1269,7 @@ def gsm8k_examples(split: str, args: "Settings") -> list[dict]:
     for number, row in enumerate(rows, start=1):
         row["gold"] = row["answer"].rpartition("####")[2].strip()
         if "####" not in row["answer"] or single_number(row["gold"]) is None:
-            raise ValueError(f"{source}, {split} row {number}: its answer does not end in #### and a number")
+            raise ValueError(f"--data {source}, {split} row {number}: its answer does not end in #### and a number")
     return rows
 
 
@@ -1292,12 +1300,16 @@ def boxed(text: str) -> str | None:
 NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[-+]?\.[0-9]+")
 
 
+AROUND = re.compile(r"[\\$]+(?![0-9.\\$])|(?<![0-9.,\\$])[\\$]+")  # $ and \ before or after a number, never inside
+
+
 def single_number(text: str) -> Fraction | None:
     """The number in a text that holds exactly one; None for none, several, signs that are numbers but not 0 to 9, or a text
     of over 100 characters."""
     if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
-    found = NUMBER.findall(text.replace("\\", "").replace("$", "").replace("\u2212", "-"))
+    text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-")  # minus sign, en dash
+    found = NUMBER.findall(AROUND.sub("", text))
     return Fraction(found[0].replace(",", "")) if len(found) == 1 else None
 
 
@@ -1312,7 +1324,21 @@ def math_examples(split: str, args: "Settings") -> list[dict]:
     else:
         source = str(from_hub("DigitalLearningGmbH/MATH-lighteval", "dataset", ["data/*.parquet"]) / "data")
     rows = read_rows(source, split, ("problem", "solution", "level"))
-    return [row for row in rows if split == "test" or row["level"].removeprefix("Level ") in ("1", "2", "3", "4")]
+    for number, row in enumerate(rows, start=1):
+        if "\\boxed" not in row["solution"] or row["level"].removeprefix("Level ") not in (
+            "1",
+            "2",
+            "3",
+            "4",
+            "5",
+            "?",
+        ):
+            why = "solution must give its answer in \\boxed{}, and level be 1 to 5"
+            raise ValueError(f"--data {source}, {split} row {number}: {why}")
+    easier = [row for row in rows if row["level"].removeprefix("Level ") in ("1", "2", "3", "4")]
+    if not easier:
+        raise ValueError(f"--data {source}: no problem of level 1 to 4 to train on")
+    return easier if split == "train" else rows
 
 
 def math_question(example: dict) -> str:
@@ -1320,12 +1346,14 @@ def math_question(example: dict) -> str:
 
 
 def math_right(example: dict, answer: str) -> bool:
-    """Whether math-verify finds the answer in \\boxed{} equal to the solution's."""
-    if boxed(answer) is None or len(answer) > 500:
+    """Whether math-verify finds what is in \\boxed{} equal to the solution's; what stands around the box counts for nothing."""
+    inside = boxed(answer) if len(answer) <= 500 else None
+    if not inside or not inside.strip():
         return False
     parse, verify = math_verify()
-    try:
-        return bool(verify(parse(example["solution"]), parse(answer)))
+    try:  # a second each: 9^{9^9} must not hold up a group
+        gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], f"\\boxed{{{inside}}}"))
+        return bool(verify(gold, found, timeout_seconds=1))
     except Exception:  # noqa: BLE001 - whatever a parser of LaTeX does with what a model wrote, it was no right answer
         return False
 

@@ -1294,6 +1294,9 @@ def test_sudoku_files_keep_their_leading_zeros_and_bad_rows_are_named(tmp_path):
         ("a.json", b'{"data": []}', "row 1: no question and no answer; it has data"),
         ("a.json", b"[" * 100_000, "not readable as .json"),
         ("a.parquet", b"nonsense", "not readable as .parquet"),
+        ("a.csv", b"question,answer\nq,#### 1,234\n", "row 1: more values than columns: ['234']"),
+        ("a.jsonl", b'{"question": NaN, "answer": "#### 5"}', "row 1: question is empty or not text: nan"),
+        ("a.jsonl", b'{"question": "\\ud800", "answer": "#### 5"}', "row 1: question holds half a character"),
         ("a.txt", b"q", "give a .jsonl, .json, .csv or .parquet file"),
         ("testimony.jsonl", None, "should hold one test.jsonl"),
         ("test.jsonl", None, None),
@@ -1329,11 +1332,16 @@ GSM8K = {"gold": "1,234"}
         "= 1234 km",
         r"\$1234",
         "1234%",
+        "1{,}234",
+        "$1234$",
     ],
 )
 def test_gsm8k_answers_are_compared_as_numbers(answer):
     """However it is written, the right number is right, and its negative or its double is wrong."""
     assert agrpo.gsm8k_right(GSM8K, answer)
+    assert (
+        not agrpo.gsm8k_right(GSM8K, "\u2013" + answer.lstrip("$")) or not answer.lstrip("$")[0].isdigit()
+    )  # en dash: minus
     assert not agrpo.gsm8k_right({"gold": "-1234"}, answer) and not agrpo.gsm8k_right({"gold": "2468"}, answer)
 
 
@@ -1352,6 +1360,8 @@ def test_gsm8k_answers_are_compared_as_numbers(answer):
         "١٢٣٤",
         "1234²",
         "1234½",
+        "12$34",
+        r"12",
     ],
 )
 def test_gsm8k_refuses_what_is_not_one_number(answer):
@@ -1359,10 +1369,19 @@ def test_gsm8k_refuses_what_is_not_one_number(answer):
     assert not agrpo.gsm8k_right(GSM8K, answer)
 
 
+def test_math_answers_count_inside_the_box_only():
+    """Where math-verify is installed: what stands around \\boxed{} is no answer, and a bomb is a wrong one, in a second or two."""
+    pytest.importorskip("math_verify")
+    example = {"solution": r"So it is $\boxed{42}$."}
+    assert agrpo.math_right(example, r"\boxed{42}") and agrpo.math_right(example, r"It is \boxed{\frac{84}{2}}")
+    for wrong in (r"42 \boxed{}", r"\boxed{?} 42", r"\boxed{41}. The final answer is $42$.", "42", r"\boxed{9^{9^9}}"):
+        assert not agrpo.math_right(example, wrong), wrong
+
+
 def test_countdown_expressions_are_parsed_exactly_and_never_run():
     """Each number once, four operations, exact fractions; anything else is a wrong answer, not an error."""
     example = {"numbers": [30, 100, 93], "target": 23}
-    assert agrpo.countdown_right(example, "30 + 93 - 100") and agrpo.countdown_right(example, "(93-100)+30 = 23")
+    assert agrpo.countdown_right(example, "30 + 93 - 100") and agrpo.countdown_right(example, "(93-100)\n+ 30 = 23")
     assert agrpo.countdown_right({"numbers": [8, 3, 8, 3], "target": 24}, "8/(3-8/3)")
     wrong = [
         "23",
