@@ -436,10 +436,9 @@ def one_step_view(
 
     Every completion token is masked, and each prompt token with probability prompt_masking, anew at each call; one pass
     then gives all log-probabilities. Only the tokens of step 0 were sampled in such a state (and with all of the prompt in
-    sight), so the gradient is biased. To be
-    given to `policy_gradient` in place of the rollout: it looks like one whose rows took one step. Its logp is the
-    model's now, before any update (with on_policy=True the sampler's: the first update takes the ratio as 1); nothing
-    is truncated. generator: on the CPU.
+    sight), so the gradient is biased. To be given to `policy_gradient` in place of the rollout: it looks like one whose
+    rows took one step. Its logp is the model's now, before any update (with on_policy=True the sampler's: the first
+    update takes the ratio as 1); nothing is truncated. generator: on the CPU.
     """
     hidden = (torch.rand(rollout.prompt.shape, generator=generator) < prompt_masking).to(rollout.prompt.device)
     prompt = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id)
@@ -689,11 +688,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             append_line(run / "completions.jsonl", shown | {"reward": float(rewards[n])})
 
         if skipped >= 5:
-            last = (
-                f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "no checkpoint was saved yet"
-            )
             raise FloatingPointError(
-                f"{skipped} updates in a row, up to update {update + 1}, had no finite gradient and were skipped; {last}. "
+                f"{skipped} updates in a row, up to update {update + 1}, had no finite gradient and were skipped; {last_checkpoint(run)}. "
                 f"Most likely --learning_rate {args.learning_rate:g} is too high, or --beta or --updates_per_rollout lets "
                 "the ratio overflow: start again with less"
             )
@@ -917,6 +913,11 @@ def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_checkpoint(run: Path) -> str:
+    found = checkpoints(run)
+    return f"the last whole checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def restore_training_state(run: Path, optimizer) -> int:
@@ -1325,17 +1326,11 @@ def math_examples(split: str, args: "Settings") -> list[dict]:
         source = str(from_hub("DigitalLearningGmbH/MATH-lighteval", "dataset", ["data/*.parquet"]) / "data")
     rows = read_rows(source, split, ("problem", "solution", "level"))
     for number, row in enumerate(rows, start=1):
-        if "\\boxed" not in row["solution"] or row["level"].removeprefix("Level ") not in (
-            "1",
-            "2",
-            "3",
-            "4",
-            "5",
-            "?",
-        ):
+        row["level"] = row["level"].removeprefix("Level ")
+        if "\\boxed" not in row["solution"] or row["level"] not in ("1", "2", "3", "4", "5", "?"):
             why = "solution must give its answer in \\boxed{}, and level be 1 to 5"
             raise ValueError(f"--data {source}, {split} row {number}: {why}")
-    easier = [row for row in rows if row["level"].removeprefix("Level ") in ("1", "2", "3", "4")]
+    easier = [row for row in rows if row["level"] in ("1", "2", "3", "4")]
     if not easier:
         raise ValueError(f"--data {source}: no problem of level 1 to 4 to train on")
     return easier if split == "train" else rows
@@ -1842,7 +1837,9 @@ def is_bert(name: str) -> bool:
     """Whether a folder holds the tiny model, whose defaults then apply."""
     folder = Path(name)
     config = (checkpoints(folder) or [folder])[-1] / "config.json"
-    return config.is_file() and '"model_type": "bert"' in config.read_text(errors="replace")
+    with contextlib.suppress(ValueError):
+        return read_json(config).get("model_type") == "bert"
+    return False
 
 
 def refuse(sentence: str):
@@ -1900,7 +1897,7 @@ def check_settings(args: Settings) -> None:
         raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
 
 
-def starting_model(task: Task, examples: list, args: Settings, device: torch.device):
+def starting_model(task: Task, examples: list, test: list, args: Settings, device: torch.device):
     """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside the run.
 
     Raises ValueError where the longest prompt and a completion do not fit into the model's positions.
@@ -1908,7 +1905,8 @@ def starting_model(task: Task, examples: list, args: Settings, device: torch.dev
     half_weights = args.bf16 and device.type == "cuda" and args.lora_rank > 0
     dtype = torch.bfloat16 if half_weights else torch.float32
     model, tokenizer, mask_id = load_model(args.model, device, dtype)
-    longest = max(len(ids) for ids in tokenizer([task.prompt(example, tokenizer) for example in examples])["input_ids"])
+    prompts = [task.prompt(example, tokenizer) for example in examples + test]
+    longest = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
     completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
     if longest + completion > most:
         raise ValueError(
@@ -1923,7 +1921,7 @@ def starting_model(task: Task, examples: list, args: Settings, device: torch.dev
     if not cache.exists() and rank() == 0:
         torch.manual_seed(args.seed)
         model, tokenizer, mask_id = load_model("tiny", device)
-        pairs = [(task.prompt(example, tokenizer), example["solution"]) for example in task.examples("train", args)]
+        pairs = [(prompt, example["solution"]) for prompt, example in zip(prompts, examples)]  # those to train on
         pretrain(model, tokenizer, mask_id, pairs, args)
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
@@ -1990,8 +1988,6 @@ def main(argv: list[str] | None = None) -> None:
         names = itertools.chain([name], (Path(f"{name}-{n}") for n in itertools.count(2)))
         args.output_dir = str(next(name for name in names if not name.exists()))
     run, task = Path(args.output_dir), TASKS[args.task]
-    say = print if rank() == 0 else lambda *words: None
-
     try:
         check_settings(args)
         device = torch.zeros(1, device=args.device).device
@@ -2005,9 +2001,10 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0 and not args.resume:
             run.mkdir(parents=True, exist_ok=True)
             write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
-        model, tokenizer, mask_id = starting_model(task, examples + test, args, device)
+        model, tokenizer, mask_id = starting_model(task, examples, test, args, device)
         size = sum(p.numel() for p in model.parameters())
-        say(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
+        if rank() == 0:
+            print(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
         results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
         if rank() == 0:
             print_table(results, args)
@@ -2033,10 +2030,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, FloatingPointError) as error:
         refuse(str(error))
     except (OSError, SafetensorError) as error:  # a full disk, most likely; a checkpoint is renamed only when whole
-        last = (
-            f"The last whole checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "There is no checkpoint yet"
-        )
-        refuse(f"{error}. {last}; once that is mended, go on with: python agrpo.py --resume {run}")
+        refuse(f"{error}; {last_checkpoint(run)}; once that is mended, go on with: python agrpo.py --resume {run}")
     minutes, seconds = divmod(round(time.time() - began), 60)
     if rank() == 0:
         print(f"{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
