@@ -2,6 +2,7 @@
 
     pytest test_agrpo.py        every claim, asserted
     python test_agrpo.py        the same story as tables, in half a minute
+    python test_agrpo.py --learning 3 4 5        what k and the timesteps do to learning, seeds 3 to 5 (hours)
 
 The mask predictor here knows four words (one is EOS, one the mask) and writes two to four of them, in float64: so few
 that every trajectory (the order in which positions are filled in, and the tokens) can be enumerated. Whatever training
@@ -937,10 +938,12 @@ def test_logits_at_are_those_of_the_full_forward_pass(kind):
 # ======================================================================================================================
 
 
-def plain_draw(stratified: bool, num_steps: Tensor, k: int, proposal: Tensor, rng: torch.Generator):
+def plain_draw(stratified: bool, num_steps: Tensor, k: int, proposal: Tensor | None, rng: torch.Generator):
     """Importance sampling of timesteps from independent points; or from points stratified over the batch alone, one in
     each of its rows x k strata, dealt out to the rows at random (the official code's low discrepancy)."""
-    n = len(proposal) * k
+    n = len(num_steps) * k
+    if proposal is None:
+        proposal = (torch.arange(int(num_steps.max())) < num_steps[:, None]).double()
     stratum = torch.randperm(n, generator=rng) if stratified else torch.randint(n, (n,), generator=rng)
     points = ((stratum + torch.rand(n, generator=rng, dtype=torch.float64)) / n).view(-1, k)
     cdf = proposal.cumsum(1) / proposal.sum(1, keepdim=True)
@@ -1051,6 +1054,48 @@ def print_tables():
     for kind, scheme in itertools.product(("uniform", "entropy", "surprise"), SCHEMES):
         figures = "".join(f"{variance_table()[kind, scheme, k]:9.3f}" for k in (1, 2, 4, 8))
         print(f"   {kind:12s}{points[scheme]:42s}{figures}")
+
+
+# A row of T = 8 steps costs 8 forward passes to sample, and k forward and backward to learn from: three forward ones each.
+# So these all cost the same, 100 updates of the full sum; states that rows share are not counted.
+LEARNING = {
+    **{f"k = {k}, surprise, ours": (k, "ours", "agrpo", "surprise") for k in (1, 2, 4, 8)},
+    **{
+        f"k = 2, {kind}, {scheme}": (2, scheme, "agrpo", kind)
+        for scheme, kind in itertools.product(SCHEMES, ("uniform", "entropy"))
+    },
+    "diffu-GRPO": (1, "ours", "diffu_grpo", "uniform"),
+}
+
+
+def learning_runs(seeds: list[int], folder: Path, only: str = ""):
+    """Train with each estimator for the same number of passes (a run that is there already is not repeated); yields
+    (name, updates, share of right completions in the last tenth of the updates, held-out accuracy as trained)."""
+    for seed, (name, (k, scheme, method, proposal)) in itertools.product(seeds, LEARNING.items()):
+        updates = round(100 * (8 + 3 * 8) / (8 + 3 * k))
+        run = folder / f"{re.sub('[^a-zA-Z0-9]+', '-', name)}-seed{seed}"
+        if only in name and not (run / "results.json").exists():
+            options = {"steps": 8, "eval_steps": 8, "prompts_per_update": 16, "rollout_batch": 256, "show_every": 0}
+            options |= {"k": k, "method": method, "timestep_proposal": proposal, "max_steps": updates, "seed": seed}
+            words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+            with mock.patch.object(agrpo, "draw_timesteps", SCHEMES[scheme]):
+                agrpo.main(["--resume", str(run)] if run.exists() else [*words, "--output_dir", str(run)])
+        if (run / "results.json").exists():
+            accuracy = [line["accuracy"] for line in figures(run)[-updates // 10 :]]
+            held_out = json.loads((run / "results.json").read_text())[agrpo.METHODS[method]]["as trained"]["8"]
+            yield name, updates, sum(accuracy) / len(accuracy), held_out
+
+
+def print_learning(seeds: list[int], folder: Path):
+    table = defaultdict(list)
+    for name, *row in learning_runs(seeds, folder):
+        table[name].append(row)
+    print(f"\n5. Accuracy after equally many passes (T = 8; mean and range over {len(seeds)} seeds)\n")
+    print(f"   {'estimator':28s}updates   training, last tenth     held out, as trained")
+    for name, rows in table.items():
+        updates, *both = zip(*rows)
+        cells = "".join(f"{sum(x) / len(x):12.3f} ({min(x):.3f} to {max(x):.3f})" for x in both)
+        print(f"   {name:28s}{updates[0]:7d}{cells}")
 
 
 # ======================================================================================================================
@@ -2025,4 +2070,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    print_tables()
+    if sys.argv[1:2] == ["--learning"]:
+        print_learning([int(seed) for seed in sys.argv[2:]], Path("runs/learning"))
+    else:
+        print_tables()
