@@ -91,6 +91,8 @@ from transformers import (
 
 # ======================================================================================================================
 # 1. Sampler: the unmasking Markov decision process
+#
+#        pi(trajectory | q) = prod over t of [ P(U_t) x prod over i in U_t of p_theta(o_i | q, s_t) ]
 # ======================================================================================================================
 
 
@@ -291,6 +293,9 @@ def sample(
 
 # ======================================================================================================================
 # 2. Estimator: log-likelihood of a trajectory from a few sampled timesteps
+#
+#        log pi = sum over t of f(t) + const,  f(t) = sum over i in U_t of log p_theta(o_i | q, s_t)
+#               = E[ sum over k drawn t of f(t) / inclusion(t) ] + const
 # ======================================================================================================================
 
 
@@ -454,6 +459,8 @@ def one_step_view(
 
 # ======================================================================================================================
 # 3. Objective: clipped, relative to the group
+#
+#        min( rho A, clip(rho, 1 - eps, 1 + eps) A ) - beta KL,  A = r - mean(r) over the group
 # ======================================================================================================================
 
 
@@ -499,7 +506,12 @@ def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 # ======================================================================================================================
 # 4. Update: the amortized policy gradient
+#
+#        grad J,  J = mean over rows of 1 / T_i x [ the objective, summed over tokens, estimated from k of T_i steps ]
 # ======================================================================================================================
+
+
+PER_TOKEN = ("clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")  # figures that are means over tokens
 
 
 def policy_gradient(
@@ -536,7 +548,7 @@ def policy_gradient(
     k = min(k, int(rollout.num_steps.max()))  # there are no more steps than that to learn from
     learns = (rollout.num_steps > 0) & ((advantage != 0) | (beta > 0))
     rows = learns.nonzero().squeeze(1)
-    names = ("loss", "tokens", "clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")
+    names = ("loss", "tokens", *PER_TOKEN)
     sums = dict.fromkeys(names, torch.zeros((), device=advantage.device))
     saved = {"passes_saved_no_advantage": k * (B - len(rows))}
     if len(rows) == 0:
@@ -578,12 +590,11 @@ def policy_gradient(
             }
             sums = {name: sums[name] + value for name, value in seen.items()}
     figures = {name: float(value) for name, value in sums.items()}
-    per_token = {name: figures[name] / figures["tokens"] for name in names[2:]}
-    return figures | per_token | saved
+    return figures | {name: figures[name] / figures["tokens"] for name in PER_TOKEN} | saved
 
 
 # ======================================================================================================================
-# 5. Training loop
+# 5. Training loop: the paper's algorithm, from rollouts to AdamW
 # ======================================================================================================================
 
 
@@ -603,16 +614,17 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay)
     model.train(args.gradient_checkpointing)  # for its checkpointing hooks alone: there is no dropout
     start, stop, report = restore_training_state(run, optimizer), stop_after_this_update(), reporter(args)
-    finished, skipped = start >= args.max_steps, 0
+    finished, skipped, forward_passes = start >= args.max_steps, 0, pass_counter(model)
     progress = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="AGRPO", disable=rank() > 0)
     for update in progress:
         lap = stopwatch(model.device)
+        forward_passes()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(update, args)
 
         # Rollouts: group_size completions of each prompt, side by side.
         batch, texts, rollout = roll_out(model, tokenizer, mask_id, task, examples, update, args)
-        seconds_rollout = lap()
+        seconds_rollout, rollout_forward_passes = lap(), forward_passes()
 
         # Rewards and advantages.
         grades = [task.grade(example, text, chat) for example, text in zip(batch, texts)]
@@ -648,7 +660,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             if math.isfinite(grad_norm):  # one bad batch must not spoil the weights
                 optimizer.step()
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        seconds_update = lap()
+        seconds_update, update_forward_passes = lap(), forward_passes()
 
         groups, tokens = rewards.view(-1, args.group_size), float((rollout.step >= 0).sum())
         metrics = {
@@ -660,8 +672,10 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             "entropy": float(rollout.entropy.sum() / tokens),
             **figures,
             **passes,
+            "forward_passes": update_forward_passes,
             "rollout_passes": int(rollout.num_steps.sum()),
             "rollout_passes_saved_ended": int((args.steps - rollout.num_steps).sum()),
+            "rollout_forward_passes": rollout_forward_passes,
             "grad_norm": grad_norm,
             "skipped_in_a_row": skipped,
             "learning_rate": optimizer.param_groups[0]["lr"],
@@ -808,6 +822,21 @@ def stopwatch(device: torch.device) -> Callable[[], float]:
     return lap
 
 
+def pass_counter(model) -> Callable[[], int]:
+    """A function that returns how many sequences have gone forward through the model since it was last called."""
+    sizes: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    def count() -> int:
+        total = sum(sizes)
+        sizes.clear()
+        return total
+
+    return count
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far: on the GPU by tensors, elsewhere by the process."""
     if device.type == "cuda":
@@ -849,13 +878,12 @@ def average_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Means over processes; what is a mean over tokens looked at is weighted by them, and counts are added up."""
     if world_size() == 1:
         return metrics
-    per_token, rates = ("clipfrac", "approx_kl", "ratio", "sampler_gap", "kl"), ("rollout_tokens", "update_pairs")
-    weighted = {name: value * (metrics["tokens"] if name in per_token else 1) for name, value in metrics.items()}
+    weighted = {name: value * (metrics["tokens"] if name in PER_TOKEN else 1) for name, value in metrics.items()}
     total = dict(zip(metrics, sum_over_ranks(list(weighted.values()))))
     for name in metrics:
-        if name in per_token:
+        if name in PER_TOKEN:
             total[name] /= max(1, total["tokens"])
-        elif name != "tokens" and "passes" not in name and not name.startswith(rates):
+        elif name != "tokens" and "passes" not in name and "per_second" not in name:
             total[name] /= world_size()
     return total
 
@@ -1828,9 +1856,21 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if unknown[-1]:
         refuse(f"there is no option {unknown[-1][0]}; --help lists them all")
     for name, value in original.items():
-        if getattr(args, name) != value:
+        if getattr(args, name) != value and name not in CHANGEABLE:
             refuse(f"--{name} is {value} in the run that --resume goes on with, and stays so; leave it out")
     return args
+
+
+# Settings that change no result but for rounding, so a resumed run may have others.
+CHANGEABLE = (
+    "device",
+    "micro_batch",
+    "gradient_checkpointing",
+    "show_every",
+    "save_every",
+    "keep_checkpoints",
+    "report_to",
+)
 
 
 def is_bert(name: str) -> bool:
@@ -1902,6 +1942,7 @@ def starting_model(task: Task, examples: list, test: list, args: Settings, devic
 
     Raises ValueError where the longest prompt and a completion do not fit into the model's positions.
     """
+    torch.manual_seed(args.seed)  # the tiny model begins at random
     half_weights = args.bf16 and device.type == "cuda" and args.lora_rank > 0
     dtype = torch.bfloat16 if half_weights else torch.float32
     model, tokenizer, mask_id = load_model(args.model, device, dtype)
@@ -1919,13 +1960,16 @@ def starting_model(task: Task, examples: list, test: list, args: Settings, devic
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{digest}"
     if not cache.exists() and rank() == 0:
-        torch.manual_seed(args.seed)
-        model, tokenizer, mask_id = load_model("tiny", device)
         pairs = [(prompt, example["solution"]) for prompt, example in zip(prompts, examples)]  # those to train on
         pretrain(model, tokenizer, mask_id, pairs, args)
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
-        aside.rename(cache)
+        try:
+            aside.rename(cache)
+        except OSError:  # another run with this seed was quicker
+            if not cache.exists():
+                raise
+            shutil.rmtree(aside)
     wait_for_all_ranks()
     return load_model(str(cache), device, dtype)
 
@@ -1964,12 +2008,24 @@ def print_cost(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     total = {name: sum(line.get(name, 0) for line in lines) for name in lines[-1]}
     phases = ", ".join(f"{name} {total['seconds_' + name]:.0f} s" for name in ("rollout", "reward", "update"))
-    saved = total["passes_saved_no_advantage"] + total["passes_saved_short"]
     print(
         f"{len(lines)} updates: {phases}; {total['rollout_tokens_per_second'] / len(lines):,.0f} tokens/s in rollouts; "
-        f"{total['passes']:,.0f} (completion, timestep) pairs learnt from, {saved:,.0f} saved (no advantage, or fewer than k steps); "
         f"peak memory {lines[-1]['peak_memory_gib']:.1f} GiB"
     )
+    saved = {
+        "rollout_forward_passes": {
+            "rows that had ended": total["rollout_passes_saved_ended"],
+            "equal states": total["rollout_passes"] - total["rollout_forward_passes"],
+        },
+        "forward_passes": {
+            "no advantage": total["passes_saved_no_advantage"],
+            "fewer than k steps": total["passes_saved_short"],
+            "equal states": total["passes"] - total["forward_passes"],
+        },
+    }
+    for phase, (name, reasons) in zip(("rollouts", "updates"), saved.items()):
+        reasons = ", ".join(f"{number:,.0f} ({reason})" for reason, number in reasons.items())
+        print(f"forward passes in {phase}: {total[name]:,.0f}; saved: {reasons}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2029,6 +2085,13 @@ def main(argv: list[str] | None = None) -> None:
             print_cost(run)
     except (ValueError, FloatingPointError) as error:
         refuse(str(error))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+            raise
+        refuse(
+            f"out of memory on {device}; {last_checkpoint(run)}. A smaller --micro_batch (updates) or --gradient_checkpointing "
+            f"true can be given with --resume {run}; a smaller --rollout_batch or --eval_batch (sampling) needs a new run"
+        )
     except (OSError, SafetensorError) as error:  # a full disk, most likely; a checkpoint is renamed only when whole
         refuse(f"{error}; {last_checkpoint(run)}; once that is mended, go on with: python agrpo.py --resume {run}")
     minutes, seconds = divmod(round(time.time() - began), 60)

@@ -1057,7 +1057,7 @@ def print_tables():
 
 
 # A row of T = 8 steps costs 8 forward passes to sample, and k forward and backward to learn from: three forward ones each.
-# So these all cost the same, 100 updates of the full sum; states that rows share are not counted.
+# So these all cost the same, 60 updates of the full sum; states that rows share are not counted.
 LEARNING = {
     **{f"k = {k}, surprise, ours": (k, "ours", "agrpo", "surprise") for k in (1, 2, 4, 8)},
     **{
@@ -1072,7 +1072,7 @@ def learning_runs(seeds: list[int], folder: Path, only: str = ""):
     """Train with each estimator for the same number of passes (a run that is there already is not repeated); yields
     (name, updates, share of right completions in the last tenth of the updates, held-out accuracy as trained)."""
     for seed, (name, (k, scheme, method, proposal)) in itertools.product(seeds, LEARNING.items()):
-        updates = round(100 * (8 + 3 * 8) / (8 + 3 * k))
+        updates = round(60 * (8 + 3 * 8) / (8 + 3 * k))
         run = folder / f"{re.sub('[^a-zA-Z0-9]+', '-', name)}-seed{seed}"
         if only in name and not (run / "results.json").exists():
             options = {"steps": 8, "eval_steps": 8, "prompts_per_update": 16, "rollout_batch": 256, "show_every": 0}
@@ -1149,6 +1149,9 @@ def test_a_run_pretrains_trains_measures_and_saves(short_run):
     assert {"reward", "accuracy", "clipfrac", "grad_norm", "entropy", "learning_rate", "passes"} <= lines[0].keys()
     assert all(line["ratio"] == pytest.approx(1) and line["clipfrac"] == 0 for line in lines if line["passes"])
     assert any(line["passes"] for line in lines)
+    for line in lines:  # 2 prompts x 4 completions x 2 steps; at step 0 the completions of one prompt are all the same
+        assert (line["rollout_passes"], line["rollout_forward_passes"]) == (16, 10)
+        assert line["passes"] + line["passes_saved_no_advantage"] == 8 and line["forward_passes"] <= line["passes"]
     results = json.loads((short_run / "results.json").read_text())
     assert results["AGRPO"].keys() == {"as trained", "greedy"} and results["base"]["greedy"].keys() == {"4", "1"}
     assert [path.name for path in agrpo.checkpoints(short_run)] == ["checkpoint-2", "checkpoint-4"]
@@ -1278,6 +1281,23 @@ def test_a_full_disk_or_a_damaged_checkpoint_is_one_sentence(tmp_path, monkeypat
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(SystemExit, match=rf"{'checkpoint-3' if name[0] == 'm' else name}.*damaged"):
             agrpo.main(["--resume", str(run)])
+
+
+def test_out_of_memory_is_one_sentence_and_the_resumed_run_may_have_smaller_batches(tmp_path, monkeypatch, short_run):
+    """What it says works: settings that change no result can be given with --resume."""
+    run, step_logps, calls = tmp_path / "run", agrpo.step_logps, itertools.count()
+
+    def hungry(model, rollout, rows, steps, **options):
+        if len(rows) > 2 and next(calls) > 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step_logps(model, rollout, rows, steps, **options)
+
+    monkeypatch.setattr(agrpo, "step_logps", hungry)
+    with pytest.raises(SystemExit, match=r"out of memory on cpu; the last whole checkpoint is .*--micro_batch"):
+        agrpo.main([*SHORT, *f"--save_every 1 --output_dir {run}".split()])
+    agrpo.main(["--resume", str(run), "--micro_batch", "2"])
+    for ours, theirs in zip(figures(run), figures(short_run)):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 # ======================================================================================================================
