@@ -1193,8 +1193,7 @@ def sudoku_question(example: dict) -> str:
     rows = "\n".join(example["puzzle"][i : i + 4] for i in range(0, 16, 4))
     return (
         "Fill in this 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4 once; 0 is a blank.\n\n"
-        f"{rows}\n\n{FORMAT}: the 16 digits, row by row. For example, 1000 0010 0300 0002 is solved by "
-        "1234 3412 2341 4123 only if all its clues stay where they are; its answer would be written "
+        f"{rows}\n\n{FORMAT}: the 16 digits, row by row. For example, 1000 0010 0300 0003 is solved by "
         "<answer>1234341223414123</answer>."
     )
 

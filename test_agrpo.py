@@ -10,11 +10,14 @@ only samples is computed here, by code that shares nothing with the sampler, and
 likelihood, the expected reward, its gradient, the mean of an update over all trajectories, groups and timesteps.
 """
 
+import ast
 import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -26,6 +29,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -1326,6 +1330,9 @@ def test_a_sudoku_answer_must_be_a_grid_that_keeps_the_clues():
     late = "4312213434211243" + " " * 100 + "and more"  # too long is wrong, not cut short
     for nonsense in ("", late, "4312", "4312213434211243" * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣"):
         assert task.reward(example, nonsense, chat=False) == 0
+    asked = agrpo.sudoku_question({"puzzle": "0" * 16})  # the example in the prompt must not mislead
+    puzzle, grid = re.search("For example, ([0-4 ]+) is", asked)[1].replace(" ", ""), re.search("[1-4]{16}", asked)[0]
+    assert agrpo.sudoku_right({"puzzle": puzzle}, grid)
 
 
 def test_sudoku_files_keep_their_leading_zeros_and_bad_rows_are_named(tmp_path):
@@ -2035,6 +2042,235 @@ def test_two_processes_share_out_the_examples_and_count_each_once(half_known, tm
     assert written[1] == written[2]
     lines = [json.loads(line) for line in written[2][0].splitlines()]
     assert [line["example"] for line in lines] == [*range(24), *range(24)]
+
+
+# ======================================================================================================================
+# Slow: attacks. SLOW=1 python -m pytest -q test_agrpo.py -k slow
+# ======================================================================================================================
+
+slow = pytest.mark.skipif(
+    "SLOW" not in os.environ, reason="takes minutes: SLOW=1 python -m pytest test_agrpo.py -k slow"
+)
+
+# An example of each task, texts that are right (so that the fuzzer finds its way), and what would be a cheat.
+ATTACKED = {
+    "sudoku": (
+        {"puzzle": "1000001003000003"},
+        ["1234341223414123", "1234 3412 2341 4123", "1000001003000003", "1234" * 4],
+    ),
+    "countdown": (
+        {"numbers": [3, 7, 20], "target": 41},
+        ["(20*3-7)", "3*7+20", "= 41", "41", "20+7*3 = 41", "7,3,20", "**"],
+    ),
+    "gsm8k": (
+        {"question": "?", "gold": "72"},
+        ["72", "$72.00", "\\boxed{72}", "7 2", "0 1 2 70 71 72 73", "-72", "7²"],
+    ),
+    "math": (
+        {"problem": "?", "solution": "so \\boxed{\\frac{1}{2}}"},
+        ["\\boxed{\\frac12}", "\\boxed{0.5}", "\\boxed{}", "9^{9^9}"],
+    ),
+}
+DEBRIS = [
+    "<answer>",
+    "</answer>",
+    "<reasoning>",
+    "</reasoning>",
+    "\\boxed{",
+    "{",
+    "}",
+    "(",
+    ")",
+    "+",
+    "-",
+    "*",
+    "/",
+    "=",
+    " ",
+    "\n",
+    "\0",
+]
+DEBRIS += [
+    ",",
+    ".",
+    "$",
+    "####",
+    "1",
+    "7",
+    "e999",
+    "9" * 5000,
+    "((((" * 500,
+    "<answer" * 500,
+    "٧٢",
+    "\u2212",
+    "\u202e",
+    "½",
+    "Ⅶ",
+    "\ud800",
+]
+
+
+def value_of(expression: str) -> Fraction:
+    """Arithmetic by recursive descent over + - * / and parentheses: written apart from agrpo's, which parses with ast."""
+    words = re.findall(r"[0-9]+|[-+*/()]", expression)
+
+    def level(operators: str, below):
+        value = below()
+        while words and words[0] in operators:
+            value = agrpo.OPERATIONS[{"+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div}[words.pop(0)]](
+                value, below()
+            )
+        return value
+
+    def atom():
+        word = words.pop(0)
+        if word != "(":
+            return Fraction(word)
+        value = level("+-", lambda: level("*/", atom))
+        words.pop(0)
+        return value
+
+    return level("+-", lambda: level("*/", atom))
+
+
+def really_right(task: str, example: dict, answer: str) -> bool:
+    """Whether an answer that was judged right is: other code than the judge's."""
+    if task == "sudoku":
+        return solved(example["puzzle"], re.sub(r"\s", "", answer))
+    if task == "countdown":
+        left, *right = answer.replace("×", "*").replace("÷", "/").split("=")
+        used = sorted(int(number) for number in re.findall("[0-9]+", left))
+        return used == [3, 7, 20] and value_of(left) == 41 and [part.strip() for part in right] in ([], ["41"])
+    box = re.search(r"\\boxed\{([^}]*)\}", answer)
+    inside = re.sub(r"[^0-9./-]", "", box[1] if box else answer).rstrip(".")
+    return inside in ("72", "72.0", "72.00") or task == "math" and inside in ("12", "0.5", ".5", "1/2")
+
+
+@slow
+@pytest.mark.parametrize("task", ATTACKED)
+def test_slow_no_text_breaks_a_reward_or_cheats_it(task):
+    """As many texts as SLOW says: no exception, at most a second each, full marks for right answers only."""
+    hypothesis = pytest.importorskip("hypothesis")
+    if task == "math":
+        pytest.importorskip("math_verify")
+    st, (example, hints), longest, rights = hypothesis.strategies, ATTACKED[task], [0.0], Counter()
+    words = st.one_of(st.sampled_from(hints), st.sampled_from(DEBRIS), st.text(max_size=8), st.integers().map(str))
+    body = st.one_of(words, st.lists(words, max_size=6).map("".join))
+    wrapped = st.tuples(body, body, st.sampled_from(hints) | body).map(
+        lambda x: f"<reasoning>{x[0]}</reasoning>{x[1] if len(x[1]) % 3 else ''}<answer>{x[2]}</answer>"
+    )
+
+    @hypothesis.settings(
+        max_examples=int(os.environ["SLOW"]),
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=[*hypothesis.HealthCheck],
+    )
+    @hypothesis.seed(0)
+    @hypothesis.given(st.integers(0, 99), body, wrapped, st.booleans())
+    def attack(kind, plain, tagged, chat):
+        text, judge = plain if kind < 30 else tagged, agrpo.TASKS[task]
+        if kind == 0:  # a megabyte of it
+            text *= 10**6 // max(1, len(text))
+        began = time.perf_counter()
+        reward, right = judge.grade(example, text, chat)
+        answer = judge.answer(text, chat)
+        longest[0] = max(longest[0], time.perf_counter() - began)
+        assert 0 <= reward <= 5 and (reward >= 3 or not right or not chat)
+        rights[right] += 1
+        assert not right or really_right(task, example, answer), (text, answer)
+
+    attack()
+    print(f"{task}: {rights[True] + rights[False]:,} texts, {rights[True]:,} right; longest {longest[0]:.3f} s")
+    assert rights[True] > 100 and longest[0] < 1
+
+
+@slow
+def test_slow_twenty_kills_lose_nothing(tmp_path):
+    """kill -9 at random moments, while starting, pretraining, training and writing: every run ends as if there were none."""
+    paid = "replace(agrpo.TASKS['sudoku'], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)"  # as above
+    main = f"import agrpo\nfrom dataclasses import replace\nagrpo.TASKS['sudoku'] = {paid}\nagrpo.main()"
+
+    def start(run: Path):
+        new = [*SHORT, "--max_steps", "30", "--save_every", "1", "--output_dir", str(run)]
+        argv = ["--resume", str(run)] if (run / "settings.json").exists() else new
+        paths = {"PYTHONPATH": str(Path(agrpo.__file__).parent), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", main, *argv], env=os.environ | paths, stderr=subprocess.DEVNULL)
+
+    began, whole = time.time(), tmp_path / "whole"
+    assert start(whole).wait() == 0
+    usual, rng, kills, runs = time.time() - began, random.Random(0), 0, 0
+    while kills < 20:
+        runs += 1
+        run = tmp_path / f"run{runs}" / "run"
+        while not (run / "results.json").exists():
+            process = start(run)
+            try:
+                assert process.wait(rng.uniform(0.3, 1.0) * usual if kills < 20 else None) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+        assert figures(run) == figures(whole)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            assert (run / "checkpoint-30" / name).read_bytes() == (whole / "checkpoint-30" / name).read_bytes()
+    print(f"{kills} kills in {runs} runs of {usual:.0f} s: all ended with the same weights")
+
+
+EXTREMES = {
+    int: (-1, 0, 1, 2, 3, 10**6, 10**12),
+    float: (-1.0, 0.0, 1e-12, 0.5, 1.0, 1e12, math.nan, math.inf),
+    bool: (True, False),
+}
+
+
+class StillRunning(BaseException):
+    """Raised by an alarm: a run that was accepted and would go on."""
+
+
+@slow
+def test_slow_settings_run_or_are_refused_in_one_sentence(tmp_path, monkeypatch, generous_sudoku):
+    """Every setting at and beyond its bounds, alone and in 300 random pairs, in a short run that may take 10 seconds."""
+    monkeypatch.chdir(tmp_path)
+    values = {f.name: EXTREMES.get(type(f.default), ()) for f in fields(agrpo.Settings)}
+    values |= {f.name: get_args(f.type) for f in fields(agrpo.Settings) if get_args(f.type) and f.name != "task"}
+    values |= {
+        "eval_steps": (0, 1, 2, 3, 16, 17),
+        "device": ("cpu", "cuda", "abacus"),
+        "data": ("nowhere", "."),
+        "resume": (),
+        "output_dir": (".", "/proc/nowhere"),
+    }
+    single = [((name, value),) for name, some in values.items() for value in some if value not in (str, type(None))]
+    rng, outcomes = random.Random(0), Counter()
+    pairs = [(*rng.choice(single), *rng.choice(single)) for _ in range(300)]
+
+    def alarm(*_):
+        raise StillRunning
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)
+    signal.signal(signal.SIGALRM, alarm)
+    for number, changes in enumerate(single + pairs):
+        argv = [*SHORT, "--max_steps", "2", "--output_dir", str(tmp_path / f"{number}" / "run")]
+        argv += [word for name, value in changes for word in (f"--{name}", str(value))]
+        began, written = time.time(), {*tmp_path.iterdir()}
+        resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, hard[1]))
+        signal.alarm(10)
+        try:
+            agrpo.main(argv)
+            outcome = "ran"
+        except StillRunning:
+            outcome = "was still running"
+        except SystemExit as stop:
+            outcome = "refused" if {*tmp_path.iterdir()} == written else "stopped"
+            assert str(stop.code).startswith("agrpo.py: ") and "\n" not in str(stop.code), (changes, stop.code)
+            assert outcome == "stopped" or time.time() - began < 5, (changes, stop.code)
+        finally:
+            signal.alarm(0)
+            resource.setrlimit(resource.RLIMIT_AS, hard)
+        outcomes[outcome] += 1
+    print(f"{len(single)} single settings and {len(pairs)} pairs: {dict(outcomes)}")
 
 
 # ======================================================================================================================
