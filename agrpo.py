@@ -1,6 +1,6 @@
 """AGRPO (arXiv 2510.04019) in one file: policy gradients for masked diffusion language models, without bias.
 
-    python agrpo.py                          teach a tiny mask predictor 4x4 Sudoku: minutes, on a CPU, nothing to download
+    python agrpo.py                          teach a tiny mask predictor 4x4 Sudoku: minutes, on a CPU, no download
     python agrpo.py --data puzzles.csv       the same, measured on your puzzles (columns Puzzle, Solution; 0 is a blank)
     python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (also: math, countdown)
     torchrun --nproc_per_node 8 agrpo.py --task gsm8k             the same on eight
@@ -11,12 +11,12 @@ A masked diffusion language model is a mask predictor: shown a prompt and a part
 distribution over tokens for every masked position. It writes by unmasking: all masks at first, a few positions filled
 at each step. That is a Markov decision process, and AGRPO is GRPO on it:
 
-    rollout      unmask G completions of each prompt, remembering at which step each position was filled     sample
-    advantage    each completion's reward minus the mean of its group                                         group_advantages
-    timesteps    the gradient is a sum over all T steps; draw k of them, weighted so that the mean is right   draw_timesteps
-    estimate     one pass for each drawn step: log-probabilities of what was filled in there, in that state   step_logps
-    objective    GRPO's clipped ratio, token by token                                                         clipped_objective
-    update       the gradient of all this over the batch; then AdamW                                          policy_gradient
+    rollout      unmask G completions of each prompt, remembering which step filled in which position  sample
+    advantage    each completion's reward minus the mean of its group                                 group_advantages
+    timesteps    the gradient is a sum over T steps: draw k of them, weighted so that the mean is it  draw_timesteps
+    estimate     one pass for each drawn step: log-probabilities of what it filled in, in its state   step_logps
+    objective    GRPO's clipped ratio, token by token                                                 clipped_objective
+    update       the gradient of all this over the batch; then AdamW                                  policy_gradient
 
 The log-likelihood of a trajectory is exact here, not a bound. With random unmasking the order carries no parameters,
 so log pi(trajectory | prompt) is the sum, over steps, of the log-probabilities of the tokens filled in, plus a
@@ -36,8 +36,8 @@ The paper's letters, and the words for them in this file:
     rho           ratio                        new probability of a token over the one it was sampled with
     eps, beta     eps_low, eps_high, beta      clipping range; weight of the KL term
     tau           temperature
-    theta         model                        a Hugging Face PreTrainedModel of bidirectional attention: `base_model` makes
-                                               hidden states, `lm_head` (or BERT's `cls`) makes logits of them
+    theta         model                        a Hugging Face PreTrainedModel with bidirectional attention: `base_model`
+                                               makes hidden states, `lm_head` (or BERT's `cls`) makes logits of them
 """
 
 import ast
@@ -212,7 +212,7 @@ def sample(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Unmask one completion for each row of prompt, block by block from the left (semi-autoregressive; LLaDA, arXiv 2502.09992).
+    """Unmask one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
     prompt (B, P) int64 padded on the left; prompt_mask (B, P) bool, False on padding. Inside a block each step fills in
     `tokens_per_step` of the masked positions:
@@ -302,19 +302,19 @@ def sample(
 def draw_timesteps(
     num_steps: Tensor, k: int, proposal: Tensor | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw k timesteps for each row, with weights that make sum_j weights[j] f(steps[j]) unbiased for sum_{t<num_steps} f(t).
+    """Draw k timesteps for each row; sum_j weights[j] f(steps[j]) is unbiased for the sum of f(t) over t < num_steps.
 
-    num_steps (B,) int64; proposal (B, T) nonnegative, positive on each row's own steps and of any scale, None = uniform;
+    num_steps (B,) int64. proposal (B, T) nonnegative, of any scale, positive on each row's own steps; None = uniform.
     generator: on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
     Step t of a row is drawn with probability inclusion[t], in proportion to the proposal but at most 1, and weighs
     1 / inclusion[t] (Horvitz-Thompson). No step is drawn twice; a row of at most k steps gets each once with weight 1:
     the exact sum. Weights 0 fill up such a row to k; they cost no pass.
 
-    How: laid end to end, a row's inclusion probabilities are k long. Points at x, 1 + x, ..., k - 1 + x with x uniform on
-    [0, 1) hit each step as often as its length says (systematic sampling); the rows of a batch take their x from B
-    different strata of [0, 1), in random order. Each x alone stays uniform, so nothing is biased; usually far less is left
-    to chance.
+    How: laid end to end, a row's inclusion probabilities are k long. Points at x, 1 + x, ..., k - 1 + x, where x is
+    uniform on [0, 1), hit each step as often as its length says (systematic sampling); the B rows take their x from B
+    different strata of [0, 1), in random order. Each x alone stays uniform, so nothing is biased; usually far less is
+    left to chance.
     Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that the row has taken.
     """
     if k < 1:
@@ -347,7 +347,7 @@ def draw_timesteps(
 def step_logps(
     model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """log p(o_j | q, s_t) of the tokens that step t filled in, under the model as it is now: one pass for each (row, step).
+    """log p(o_j | q, s_t) of the tokens that step t filled in, under the model as it is: a pass for each (row, step).
 
     rows (N,), steps (N,) int64: N >= 1 pairs. Returns logp (N, C), 0 outside the revealed positions, differentiable;
     and revealed (N, C) bool. The temperature, and the truncation the rollout recorded, are those of the sampler:
@@ -437,13 +437,13 @@ def one_step_view(
     micro_batch: int = 64,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: the rollout as if one step had filled in everything.
+    """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: as if one step had filled in everything.
 
     Every completion token is masked, and each prompt token with probability prompt_masking, anew at each call; one pass
-    then gives all log-probabilities. Only the tokens of step 0 were sampled in such a state (and with all of the prompt in
-    sight), so the gradient is biased. To be given to `policy_gradient` in place of the rollout: it looks like one whose
-    rows took one step. Its logp is the model's now, before any update (with on_policy=True the sampler's: the first
-    update takes the ratio as 1); nothing is truncated. generator: on the CPU.
+    then gives all log-probabilities. Only the tokens of step 0 were sampled in such a state (and with all of the prompt
+    in sight), so the gradient is biased. To be given to `policy_gradient` in place of the rollout: it looks like one
+    whose rows took one step. Its logp is the model's now, before any update (with on_policy=True the sampler's: the
+    first update takes the ratio as 1); nothing is truncated. generator: on the CPU.
     """
     hidden = (torch.rand(rollout.prompt.shape, generator=generator) < prompt_masking).to(rollout.prompt.device)
     prompt = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id)
@@ -465,11 +465,12 @@ def one_step_view(
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300). rewards (B,), groups side by side; returns (B,).
+    """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300).
 
-    The row's own reward is in the mean, which scales the expected gradient by exactly 1 - 1/G. Dividing by the group's
-    standard deviation is GRPO's habit; it biases the gradient towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783),
-    so it is off unless asked for. Raises ValueError where B is not a multiple of group_size.
+    rewards (B,), groups side by side; returns (B,). The row's own reward is in the mean, which scales the expected
+    gradient by exactly 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
+    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783), so it is off unless asked for.
+    Raises ValueError where B is not a multiple of group_size.
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
@@ -496,9 +497,9 @@ def clipped_objective(
 def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy || reference) for each token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho.
 
-    The tokens come from the old policy; rho = exp(logp - old_logp) corrects for that, in the gradient too (DeepSeek-V3.2,
-    arXiv 2512.02556), token by token given its state; that theta also changes which states are visited is left out.
-    Never negative, 0 where the policies agree. Elementwise.
+    The tokens come from the old policy; rho = exp(logp - old_logp) corrects for that, in the gradient too
+    (DeepSeek-V3.2, arXiv 2512.02556), token by token given its state; that theta also changes which states are visited
+    is left out. Never negative, 0 where the policies agree. Elementwise.
     """
     d = ref_logp - logp
     return (logp - old_logp).exp() * (d.exp() - d - 1)
@@ -540,8 +541,8 @@ def policy_gradient(
       "sequence"  T_i, GRPO's normalisation and the paper's: unbiased for GRPO's length-weighted objective.
       "constant"  T, the same for all rows (Dr. GRPO, arXiv 2503.20783): unbiased for the gradient of E[reward], times
                   (1 - 1/G) / T. Where no row ends early the two are one.
-    on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw. advantage (B,).
-    ref_model: the reference for beta > 0. Passes are made for no row without advantage (unless beta > 0) and no step twice; at most
+    advantage (B,). on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw.
+    ref_model: the reference for beta > 0. No pass is made for a row without advantage (unless beta > 0); at most
     micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
     """
     B, T = rollout.entropy.shape
@@ -599,14 +600,14 @@ def policy_gradient(
 
 
 def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args: "Settings", ref_model=None) -> bool:
-    """Rollouts, rewards, advantages, timesteps, gradient, AdamW step; repeat. Returns whether it reached the last update.
+    """Rollouts, rewards, advantages, timesteps, gradient, AdamW step; repeat. Returns whether it reached the end.
 
     examples, held_out: lists of the task's examples, to train on and to measure on every --eval_every updates. Goes on
     from the newest checkpoint in args.output_dir, if there is one. Every random choice is seeded by (seed, what it is
-    for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an update),
-    completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False. Under
-    torchrun each process rolls out its share of the prompts, and gradients are averaged. Raises FloatingPointError
-    where one update after another has no finite gradient.
+    for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an
+    update), completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False.
+    Under torchrun each process rolls out its share of the prompts, and gradients are averaged.
+    Raises FloatingPointError where one update after another has no finite gradient.
     """
     run, chat = Path(args.output_dir), tokenizer.chat_template is not None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -632,7 +633,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
         seconds_reward = lap()
 
-        # Timesteps are drawn more often where more can be learnt. (diffu-GRPO has but one, masked anew for each update.)
+        # Timesteps: drawn more often where more can be learnt. (diffu-GRPO has but one, masked anew for each update.)
         proposal, views = None, [rollout] * args.updates_per_rollout
         policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
         if args.method == "diffu_grpo":
@@ -703,9 +704,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
 
         if skipped >= 5:
             raise FloatingPointError(
-                f"{skipped} updates in a row, up to update {update + 1}, had no finite gradient and were skipped; {last_checkpoint(run)}. "
-                f"Most likely --learning_rate {args.learning_rate:g} is too high, or --beta or --updates_per_rollout lets "
-                "the ratio overflow: start again with less"
+                f"{skipped} updates in a row, up to update {update + 1}, had no finite gradient and were skipped; "
+                f"{last_checkpoint(run)}. Most likely --learning_rate {args.learning_rate:g} is too high, or --beta or "
+                "--updates_per_rollout lets the ratio overflow: start again with less"
             )
         finished, stopping = update + 1 == args.max_steps, any_rank(bool(stop))
         if stopping or finished or ((update + 1) % args.save_every == 0 and not skipped):
@@ -721,8 +722,11 @@ PASSES = ("passes", "passes_saved_no_advantage", "passes_saved_short")
 
 
 def roll_out(model, tokenizer, mask_id: int, task: "Task", examples: list, update: int, args: "Settings"):
-    """This process's rollouts of one update: (example of each row, completion of each row, Rollout). --rollout_batch at a
-    time, each batch with a generator of its own, so that they come out the same however many processes share them."""
+    """This process's rollouts of one update: (example of each row, completion of each row, Rollout).
+
+    They are made --rollout_batch at a time, each batch with a generator of its own, so that they come out the same
+    however many processes share them.
+    """
     batch, texts, rollouts = [], [], []
     drawn, size = draw_examples(examples, update, args), args.rollout_batch // args.group_size
     for c in range(rank(), len(drawn) // size, world_size()):
@@ -1050,8 +1054,8 @@ class Task:
     def grade(self, example: dict, completion: str, chat: bool) -> tuple[float, bool]:
         """(reward, what training maximises; correct, what accuracy counts: the answer is right).
 
-        The reward is 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags, as in the official
-        release; where the whole completion is the answer, 1 for a right one, and partial credit.
+        The reward is 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags, as in the
+        official release; where the whole completion is the answer, 1 for a right one, and partial credit.
         """
         answer = self.answer(completion, chat)
         right = answer is not None and self.is_right(example, answer)
@@ -1087,8 +1091,9 @@ FORMAT = "Think first, inside <reasoning> and </reasoning>. Then write the answe
 
 def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
     """Rows of a local data set, as dicts of strings: a .jsonl, .json, .csv or .parquet file, or a folder of train.* and
-    test.* (or train-00000-of-00001.*, as on the hub). Raises ValueError that names the file, and the row, where something
-    is missing, empty or not text: nothing is skipped.
+    test.* (or train-00000-of-00001.*, as on the hub).
+
+    Raises ValueError that names file and row where something is missing, empty or not text: nothing is skipped.
     """
     files = [Path(path)]
     if files[0].is_dir():
@@ -1204,7 +1209,7 @@ def sudoku_right(example: dict, answer: str) -> bool:
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
-    """The share of rows, columns and boxes that hold 1 to 4 once; 0 if the answer is not 16 cells that keep the clues."""
+    """The share of rows, columns and boxes that hold 1 to 4 once; 0 if it is not 16 cells that keep the clues."""
     cells = "".join(answer.split()) if len(answer) <= 100 else ""
     if len(cells) != 16 or not all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells)):
         return 0.0
@@ -1290,8 +1295,8 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def gsm8k_examples(split: str, args: "Settings") -> list[dict]:
-    """Grade-school word problems (arXiv 2110.14168) from the hub, or from --data: columns question and answer, whose last
-    line is #### and the number."""
+    """Grade-school word problems (arXiv 2110.14168) from the hub, or from --data: columns question and answer, whose
+    last line is #### and the number."""
     source = args.data or str(from_hub("openai/gsm8k", "dataset", ["main/*.parquet"]) / "main")
     rows = read_rows(source, split, ("question", "answer"))
     for number, row in enumerate(rows, start=1):
@@ -1332,8 +1337,8 @@ AROUND = re.compile(r"[\\$]+(?![0-9.\\$])|(?<![0-9.,\\$])[\\$]+")  # $ and \ bef
 
 
 def single_number(text: str) -> Fraction | None:
-    """The number in a text that holds exactly one; None for none, several, signs that are numbers but not 0 to 9, or a text
-    of over 100 characters."""
+    """The number in a text that holds exactly one; None for none, several, signs that are numbers but not 0 to 9, or a
+    text of over 100 characters."""
     if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
     text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-")  # minus sign, en dash
@@ -1364,11 +1369,12 @@ def math_examples(split: str, args: "Settings") -> list[dict]:
 
 
 def math_question(example: dict) -> str:
-    return f"{example['problem']}\n\n{FORMAT}: the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
+    form = f"{FORMAT}: the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
+    return f"{example['problem']}\n\n{form}"
 
 
 def math_right(example: dict, answer: str) -> bool:
-    """Whether math-verify finds what is in \\boxed{} equal to the solution's; what stands around the box counts for nothing."""
+    """Whether math-verify finds what is in \\boxed{} equal to the solution's; the text around it is not looked at."""
     inside = boxed(answer) if len(answer) <= 500 else None
     if not inside or not inside.strip():
         return False
@@ -1413,8 +1419,8 @@ TASKS = {
 def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from.
 
-    name_or_path: "tiny" (freshly initialised; see `pretrain`), a LLaDA or Dream checkpoint (hub id or folder), or a folder
-    that this project saved: a run's, one of its checkpoints, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2 whose
+    name_or_path: "tiny" (freshly initialised; see `pretrain`), a LLaDA or Dream checkpoint (hub id or folder), or what
+    this project saved: a run's folder, one of its checkpoints, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2 whose
     attention is not causal, so transformers' own classes hold them and no remote code runs.
     Raises ValueError, with what to do, for anything else and for checkpoints with missing or unexpected weights.
     """
@@ -1478,7 +1484,7 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
 
 
 def native_architecture(raw: dict, name: str):
-    """(class, config, key_mapping) of transformers for a checkpoint's config.json. Raises ValueError for what is none of ours."""
+    """transformers' (class, config, key_mapping) for a checkpoint's config.json; ValueError for any but ours."""
     kind = raw.get("model_type")
     if kind == "bert":
         return BertForMaskedLM, BertConfig(**raw), None
@@ -1547,7 +1553,7 @@ def find_checkpoint(name: str, device: str | torch.device) -> Path:
 
 
 def from_hub(name: str, kind: str, files: list[str], device: str | torch.device | None = None) -> Path:
-    """The folder of a hub repository ("model" or "dataset"), downloaded, or from the cache where the hub is out of reach.
+    """The folder of a hub repository ("model" or "dataset"): downloaded, or cached where the hub is out of reach.
 
     One short question first: the hub's own clients retry for minutes before they say that there is no network.
     """
@@ -1575,8 +1581,8 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
 def refuse_on_cpu(name: str, size: int, device: str | torch.device) -> None:
     if torch.device(device).type == "cpu" and size > 2e9:
         raise ValueError(
-            f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: run it where there is a GPU, give a small "
-            "checkpoint by --model, or run plain `python agrpo.py`"
+            f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: run it where there is a GPU, give a "
+            "small checkpoint by --model, or run plain `python agrpo.py`"
         )
 
 
@@ -1676,9 +1682,9 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def pretrain(model, tokenizer, mask_id: int, examples: list[tuple[str, str]], args: "Settings") -> None:
     """Teach a fresh model (prompt, completion) pairs with the masked-diffusion ELBO (arXiv 2406.07524).
 
-    Each completion has its tokens masked with probability t ~ U(0, 1); the loss is the cross-entropy of the masked ones,
-    weighted 1/t: an upper bound on -log p(completion | prompt). It stops early, at a given loss: every seed then starts
-    AGRPO from an equally good model, one that knows the rules and is not yet sure of them.
+    Each completion has its tokens masked with probability t ~ U(0, 1); the loss is the cross-entropy of the masked
+    ones, weighted 1/t: an upper bound on -log p(completion | prompt). It stops early, at a given loss: every seed then
+    starts AGRPO from an equally good model, one that knows the rules and is not yet sure of them.
     """
     prompts, completions = (
         tokenizer(list(texts), add_special_tokens=False, return_tensors="pt")["input_ids"] for texts in zip(*examples)
@@ -1886,7 +1892,7 @@ def refuse(sentence: str):
 
 
 def check_settings(args: Settings) -> None:
-    """Raise ValueError with one sentence on the first setting that cannot work, before anything is loaded or written."""
+    """Raise ValueError, one sentence, on the first setting that cannot work, before anything is loaded or written."""
 
     def demand(bound: str, fits: Callable[[float], bool], names: str):
         for name in names.split():
@@ -1926,8 +1932,8 @@ def check_settings(args: Settings) -> None:
     at_once = args.rollout_batch // args.group_size * world_size()
     if args.prompts_per_update % at_once:
         raise ValueError(
-            f"--prompts_per_update {args.prompts_per_update} must be a multiple of {at_once}: the prompts in --rollout_batch "
-            f"{args.rollout_batch} at --group_size {args.group_size}, times {world_size()} process(es)"
+            f"--prompts_per_update {args.prompts_per_update} must be a multiple of {at_once}: the prompts in "
+            f"--rollout_batch {args.rollout_batch} at --group_size {args.group_size}, times {world_size()} process(es)"
         )
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
@@ -1937,7 +1943,7 @@ def check_settings(args: Settings) -> None:
 
 
 def starting_model(task: Task, examples: list, test: list, args: Settings, device: torch.device):
-    """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside the run.
+    """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside it.
 
     Raises ValueError where the longest prompt and a completion do not fit into the model's positions.
     """
@@ -1950,8 +1956,8 @@ def starting_model(task: Task, examples: list, test: list, args: Settings, devic
     completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
     if longest + completion > most:
         raise ValueError(
-            f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for {most}: "
-            "use a smaller --completion_length and --eval_completion_length, or shorter examples"
+            f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for "
+            f"{most}: use a smaller --completion_length and --eval_completion_length, or shorter examples"
         )
     if args.model != "tiny":
         return model, tokenizer, mask_id
@@ -2088,8 +2094,9 @@ def main(argv: list[str] | None = None) -> None:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
         refuse(
-            f"out of memory on {device}; {last_checkpoint(run)}. A smaller --micro_batch (updates) or --gradient_checkpointing "
-            f"true can be given with --resume {run}; a smaller --rollout_batch or --eval_batch (sampling) needs a new run"
+            f"out of memory on {device}; {last_checkpoint(run)}. A smaller --micro_batch (updates) or "
+            f"--gradient_checkpointing true can be given with --resume {run}; a smaller --rollout_batch or "
+            "--eval_batch (sampling) needs a new run"
         )
     except (OSError, SafetensorError) as error:  # a full disk, most likely; a checkpoint is renamed only when whole
         refuse(f"{error}; {last_checkpoint(run)}; once that is mended, go on with: python agrpo.py --resume {run}")

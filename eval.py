@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint against sampling steps, and a look at the unmasking itself.
 
-    python eval.py CHECKPOINT                                accuracy at 16, 8, 4, 2 and 1 steps (an 8B model: 256 to 32)
+    python eval.py CHECKPOINT                                accuracy at 16, 8, 4, 2 and 1 steps (8B models: 256 to 32)
     python eval.py CHECKPOINT --base MODEL                   the same, beside the model that it was trained from
     python eval.py CHECKPOINT --show 2 --steps 4             two examples unmasked before your eyes, step by step
     python eval.py CHECKPOINT --samples 8 --temperature 1    also pass@8 and the majority vote of 8
@@ -74,7 +74,7 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list[dict], opt
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share seen in n independent trials (Wilson 1927): sensible near 0 and 1, and for small n."""
+    """The 95% interval of a share seen in n independent trials (Wilson 1927): sensible near 0 and 1, or for small n."""
     z = NormalDist().inv_cdf(0.975)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

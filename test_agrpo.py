@@ -857,7 +857,7 @@ def test_update_is_the_gradient_of_the_objective_as_written(name, length_norm):
 
 
 def test_one_step_view_masks_everything_and_some_of_the_prompt():
-    """diffu-GRPO: one pass a row, from masks alone; a fresh prompt mask each time; off policy the ratio is to its own logp."""
+    """diffu-GRPO: one pass a row, from masks alone; a fresh prompt mask each time; its own old logp."""
     model, sampling = mask_predictor(), SETTINGS["blocks"]
     policy = {"mask_id": MASK, "temperature": sampling["temperature"]}
     prompt = torch.full((500, 6), X)
@@ -1003,7 +1003,7 @@ def variance_table(rows: int = 32, C: int = 16, rollouts: int = 4, draws: int = 
 
 
 def test_strata_and_proposal_reduce_the_variance():
-    """Strata of each row do what strata of the batch alone do not; a proposal helps on top, surprise most; and so does k.
+    """Strata of each row do what strata of the batch alone do not; a proposal helps on top, surprise most; so does k.
 
     At k = T/2 all of it together leaves less than a tenth of what independent uniform timesteps have.
     """
@@ -1060,7 +1060,7 @@ def print_tables():
         print(f"   {kind:12s}{points[scheme]:42s}{figures}")
 
 
-# A row of T = 8 steps costs 8 forward passes to sample, and k forward and backward to learn from: three forward ones each.
+# A row of T = 8 steps costs 8 forward passes to sample, and k forward and backward to learn from, each worth 3 forward.
 # So these all cost the same, 60 updates of the full sum; states that rows share are not counted.
 LEARNING = {
     **{f"k = {k}, surprise, ours": (k, "ours", "agrpo", "surprise") for k in (1, 2, 4, 8)},
@@ -1176,7 +1176,7 @@ def test_the_same_seed_gives_the_same_run(short_run, tmp_path):
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "killed", "killed while saving"])
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(how, short_run, tmp_path, monkeypatch):
-    """Stopped after the third update or killed during it, then resumed: the same metrics, bit for bit the same weights."""
+    """Stopped after the third update or killed during it, then resumed: the same metrics and, bit for bit, weights."""
     run, report, save = tmp_path / "stopped", agrpo.reporter, agrpo.save_file
 
     def stopping_reporter(args):
@@ -1310,7 +1310,7 @@ def test_out_of_memory_is_one_sentence_and_the_resumed_run_may_have_smaller_batc
 
 
 def test_sudoku_has_288_grids_and_tests_on_grids_never_trained_on():
-    """240 grids to train on, 48 others to test on, whatever the seed; each puzzle has 10 to 14 blanks and a solution."""
+    """240 grids to train on, 48 others to test on, whatever the seed; each puzzle: 10 to 14 blanks, a solution."""
     task = agrpo.TASKS["sudoku"]
     train, test = (task.examples(split, agrpo.Settings(seed=5)) for split in ("train", "test"))
     seen, held_out = ({example["solution"] for example in part} for part in (train, test))
@@ -1439,7 +1439,7 @@ def test_gsm8k_refuses_what_is_not_one_number(answer):
 
 
 def test_math_answers_count_inside_the_box_only():
-    """Where math-verify is installed: what stands around \\boxed{} is no answer, and a bomb is a wrong one, in a second or two."""
+    """Where math-verify is installed: what stands around \\boxed{} is no answer, and a bomb is a wrong one, soon."""
     pytest.importorskip("math_verify")
     example = {"solution": r"So it is $\boxed{42}$."}
     assert agrpo.math_right(example, r"\boxed{42}") and agrpo.math_right(example, r"It is \boxed{\frac{84}{2}}")
@@ -1542,7 +1542,7 @@ def llada_checkpoint(folder, width=32, layers=2, heads=4, kv_heads=2, vocabulary
 
 
 def dream_checkpoint(folder):
-    """A small random checkpoint as Dream-org/Dream-v0-Instruct-7B's is laid out: Qwen2's names, a slow BPE tokenizer."""
+    """A small random checkpoint as Dream-org/Dream-v0-Instruct-7B's is laid out: Qwen2's names, a BPE tokenizer."""
     config = Qwen2Config(
         vocab_size=300,
         hidden_size=32,
@@ -1692,7 +1692,7 @@ LLADA_RUN += (
 def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, earns, tmp_path, monkeypatch):
     """Chat prompts, release settings cut short, data from a file: to the end, and an adapter that loads.
 
-    A random model earns nothing, so there is nothing to learn and no pass is made; or every completion's reward differs.
+    A random model earns nothing, so there is nothing to learn and no pass is made; or all rewards differ.
     """
     llada_checkpoint(tmp_path / "llada")
     data = {
@@ -2111,7 +2111,7 @@ DEBRIS += [
 
 
 def value_of(expression: str) -> Fraction:
-    """Arithmetic by recursive descent over + - * / and parentheses: written apart from agrpo's, which parses with ast."""
+    """Arithmetic by recursive descent over + - * / and parentheses: apart from agrpo's, which parses with ast."""
     words = re.findall(r"[0-9]+|[-+*/()]", expression)
 
     def level(operators: str, below):
@@ -2188,7 +2188,7 @@ def test_slow_no_text_breaks_a_reward_or_cheats_it(task):
 
 @slow
 def test_slow_twenty_kills_lose_nothing(tmp_path):
-    """kill -9 at random moments, while starting, pretraining, training and writing: every run ends as if there were none."""
+    """kill -9 at random moments, while starting, pretraining, training, writing: each run ends as if there were none."""
     paid = "replace(agrpo.TASKS['sudoku'], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)"  # as above
     main = f"import agrpo\nfrom dataclasses import replace\nagrpo.TASKS['sudoku'] = {paid}\nagrpo.main()"
 
@@ -2231,7 +2231,7 @@ class StillRunning(BaseException):
 
 @slow
 def test_slow_settings_run_or_are_refused_in_one_sentence(tmp_path, monkeypatch, generous_sudoku):
-    """Every setting at and beyond its bounds, alone and in 300 random pairs, in a short run that may take 10 seconds."""
+    """Every setting at and beyond its bounds, alone and in 100 random pairs, in a short run of 10 seconds at most."""
     monkeypatch.chdir(tmp_path)
     values = {f.name: EXTREMES.get(type(f.default), ()) for f in fields(agrpo.Settings)}
     values |= {f.name: get_args(f.type) for f in fields(agrpo.Settings) if get_args(f.type) and f.name != "task"}
@@ -2244,7 +2244,7 @@ def test_slow_settings_run_or_are_refused_in_one_sentence(tmp_path, monkeypatch,
     }
     single = [((name, value),) for name, some in values.items() for value in some if value not in (str, type(None))]
     rng, outcomes = random.Random(0), Counter()
-    pairs = [(*rng.choice(single), *rng.choice(single)) for _ in range(300)]
+    pairs = [(*rng.choice(single), *rng.choice(single)) for _ in range(100)]
 
     def alarm(*_):
         raise StillRunning
@@ -2285,7 +2285,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_readme_commands_have_the_options_they_name(tmp_path, monkeypatch):
-    """Every `python agrpo.py ...`, `torchrun ... agrpo.py ...` and eval.py line: nothing in it is unknown or misspelt."""
+    """Every `python agrpo.py ...`, `torchrun ... agrpo.py ...` and eval.py line: no option is unknown."""
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"`(python (?:agrpo|eval)\.py[^`]*)`", README)
     found = [re.search(r"(agrpo|eval)\.py(.*)", line) for line in lines if "pytest" not in line]
