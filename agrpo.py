@@ -829,9 +829,7 @@ def stopwatch(device: torch.device) -> Callable[[], float]:
 def pass_counter(model) -> Callable[[], int]:
     """A function that returns how many sequences have gone forward through the model since it was last called."""
     sizes: list[int] = []
-    model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    model.base_model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output[0])))
 
     def count() -> int:
         total = sum(sizes)
