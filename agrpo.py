@@ -323,7 +323,10 @@ def draw_timesteps(
     B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
     taken = torch.arange(T) < num_steps  # (B, T)
     density = taken.double() if proposal is None else proposal.detach().cpu().double() * taken
-    if not (density.isfinite().all() and (density >= 0).all() and ((density > 0) | ~taken).all()):
+    fits = (
+        (num_steps <= T).all() and density.isfinite().all() and (density >= 0).all() and ((density > 0) | ~taken).all()
+    )
+    if not fits:
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
     inclusion = torch.zeros_like(density)
@@ -390,11 +393,12 @@ def surprise(rollout: Rollout) -> Tensor:
 def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 0.1) -> Tensor:
     """Draw timesteps more often where more can be learnt: (1 - share) x score + share x uniform, each row summing to 1.
 
-    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64. The uniform share
-    keeps every weight at most 1 / share times its uniform value, so that no rare step can blow up the gradient.
+    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64 on the CPU, where
+    timesteps are drawn. The uniform share keeps every weight at most 1 / share times its uniform value, so that no rare
+    step can blow up the gradient.
     """
     T = score.shape[1]
-    score, length = score.double().cpu(), num_steps.cpu().clamp(min=1)[:, None]
+    score, length = score.cpu().double(), num_steps.cpu().clamp(min=1)[:, None]
     uniform = (torch.arange(T) < length) / length  # (B, T)
     total = score.sum(1, keepdim=True)
     return torch.where(total > 0, (1 - uniform_share) * score / total + uniform_share * uniform, uniform)
@@ -443,7 +447,8 @@ def one_step_view(
     then gives all log-probabilities. Only the tokens of step 0 were sampled in such a state (and with all of the prompt
     in sight), so the gradient is biased. To be given to `policy_gradient` in place of the rollout: it looks like one
     whose rows took one step. Its logp is the model's now, before any update (with on_policy=True the sampler's: the
-    first update takes the ratio as 1); nothing is truncated. generator: on the CPU.
+    first update takes the ratio as 1); nothing is truncated. Divided by its one step, its gradient is about T times as
+    long as AGRPO's: AdamW does not mind, clipping the norm does. generator: on the CPU.
     """
     hidden = (torch.rand(rollout.prompt.shape, generator=generator) < prompt_masking).to(rollout.prompt.device)
     prompt = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id)
@@ -540,7 +545,8 @@ def policy_gradient(
     with the sum over t replaced by its unbiased estimate from `draw_timesteps`. L_i, after length_norm:
       "sequence"  T_i, GRPO's normalisation and the paper's: unbiased for GRPO's length-weighted objective.
       "constant"  T, the same for all rows (Dr. GRPO, arXiv 2503.20783): unbiased for the gradient of E[reward], times
-                  (1 - 1/G) / T. Where no row ends early the two are one.
+                  (1 - 1/G) / T, on the first update on rollouts of random order, with beta 0 and advantages not scaled.
+                  Where no row ends early the two are one.
     advantage (B,). on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw.
     ref_model: the reference for beta > 0. No pass is made for a row without advantage (unless beta > 0); at most
     micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
@@ -551,10 +557,12 @@ def policy_gradient(
     rows = learns.nonzero().squeeze(1)
     names = ("loss", "tokens", *PER_TOKEN)
     sums = dict.fromkeys(names, torch.zeros((), device=advantage.device))
-    saved = {"passes_saved_no_advantage": k * (B - len(rows))}
+    saved = {"passes_saved_no_advantage": int(rollout.num_steps.clamp(max=k)[~learns].sum())}
     if len(rows) == 0:
         return dict.fromkeys(names, 0.0) | saved | {"passes": 0, "passes_saved_short": 0}
-    steps, weights = draw_timesteps(rollout.num_steps[rows], k, None if proposal is None else proposal[rows], generator)
+    steps, weights = draw_timesteps(
+        rollout.num_steps[rows], k, None if proposal is None else proposal[rows.cpu()], generator
+    )
     i, j = weights.nonzero(as_tuple=True)  # one flat list of (row, step) pairs
     saved |= {"passes": len(i), "passes_saved_short": k * len(rows) - len(i)}
     rows, steps, weights = rows[i], steps[i, j], weights[i, j]
@@ -647,21 +655,21 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
 
         # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
         objective = {name: getattr(args, name) for name in ("k", "length_norm", "eps_low", "eps_high", "beta")}
-        passes = Counter()
+        one_step_passes = forward_passes()
+        passes = Counter(passes=one_step_passes)
         for again, view in enumerate(views):
             optimizer.zero_grad()
-            policy |= {"on_policy": again == 0, "proposal": proposal, "ref_model": ref_model}
-            policy["generator"] = seeded_generator("cpu", args.seed, "timesteps", update, again, rank())
+            rng = seeded_generator("cpu", args.seed, "timesteps", update, again, rank())
+            drawing = {"on_policy": again == 0, "proposal": proposal, "ref_model": ref_model, "generator": rng}
             with autocast(model, args):
-                figures = policy_gradient(model, view, advantage, **policy, **objective)
-            passes.update({name: figures[name] for name in PASSES})
+                figures = policy_gradient(model, view, advantage, **drawing, **policy, **objective)
+            passes.update({name: value for name, value in figures.items() if "passes" in name})
             average_gradients(model)
-            with_gradient = [p for p in trained if p.grad is not None]
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, args.max_grad_norm))
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
             if math.isfinite(grad_norm):  # one bad batch must not spoil the weights
                 optimizer.step()
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        seconds_update, update_forward_passes = lap(), forward_passes()
+        seconds_update, update_forward_passes = lap(), one_step_passes + forward_passes()
 
         groups, tokens = rewards.view(-1, args.group_size), float((rollout.step >= 0).sum())
         metrics = {
@@ -689,10 +697,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         }
         metrics = average_over_ranks(metrics)
         if args.eval_every and (update + 1) % args.eval_every == 0:
-            greedy = args.eval_sampling(args.eval_steps[0], greedy=True)
-            with autocast(model, args):
-                records = evaluate(model, tokenizer, mask_id, task, held_out, args.eval_batch, 0, **greedy)
-            metrics["eval_accuracy"] = accuracy(records)
+            metrics["eval_accuracy"] = evaluate(
+                model, tokenizer, mask_id, task, held_out, args, args.eval_steps[0], greedy=True
+            )
         report({"update": update + 1} | metrics)
         shown = "reward {reward:.2f} accuracy {accuracy:.2f} clipfrac {clipfrac:.3f} |grad| {grad_norm:.2f}"
         progress.set_postfix_str(shown.format(**metrics) + f" SKIPPED {skipped}" * (skipped > 0))
@@ -714,11 +721,10 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         if stopping:
             break
     progress.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model.eval()
     return finished
-
-
-PASSES = ("passes", "passes_saved_no_advantage", "passes_saved_short")
 
 
 def roll_out(model, tokenizer, mask_id: int, task: "Task", examples: list, update: int, args: "Settings"):
@@ -764,26 +770,19 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
     return Rollout(**columns)
 
 
-def evaluate(model, tokenizer, mask_id: int, task: "Task", examples: list, batch: int, seed: int, **sampling) -> list:
-    """Complete every example once; under torchrun each process does its share, and returns that share.
-
-    Returns dicts with "prompt", "completion" and "correct". sampling: arguments of `sample`.
-    """
-    chat, records = tokenizer.chat_template is not None, []
-    for start in range(rank() * batch, len(examples), world_size() * batch):
-        part = examples[start : start + batch]
+def evaluate(
+    model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", steps: int, greedy: bool
+) -> float:
+    """Share of examples answered rightly, each completed once in so many steps; processes share the work."""
+    chat, right, sampling = tokenizer.chat_template is not None, 0, args.eval_sampling(steps, greedy)
+    for start in range(rank() * args.eval_batch, len(examples), world_size() * args.eval_batch):
+        part = examples[start : start + args.eval_batch]
         prompts = [task.prompt(example, tokenizer) for example in part]
-        rng = seeded_generator(model.device, seed, "evaluation", start)
-        _, texts = complete(model, tokenizer, mask_id, prompts, rng, **sampling)
-        for example, prompt, text in zip(part, prompts, texts):
-            records.append({"prompt": prompt, "completion": text, "correct": task.correct(example, text, chat)})
-    return records
-
-
-def accuracy(records: list[dict]) -> float:
-    """Share of correct records, over the records of all processes."""
-    right, number = sum_over_ranks([sum(record["correct"] for record in records), len(records)])
-    return right / number
+        rng = seeded_generator(model.device, 0, "evaluation", start)
+        with autocast(model, args):
+            _, texts = complete(model, tokenizer, mask_id, prompts, rng, **sampling)
+        right += sum(task.correct(example, text, chat) for example, text in zip(part, texts))
+    return sum_over_ranks([right])[0] / len(examples)
 
 
 def seeded_generator(device, *key) -> torch.Generator:
@@ -895,12 +894,11 @@ def average_gradients(model) -> None:
     all of them there is no gradient, as in a single process."""
     if world_size() == 1 or not any_rank(any(p.grad is not None for p in model.parameters())):
         return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= world_size()
 
 
 # Interrupted and resumed runs.
@@ -961,8 +959,11 @@ def restore_training_state(run: Path, optimizer) -> int:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for log in (run / "metrics.jsonl", run / "completions.jsonl"):
         if log.exists() and rank() == 0:
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a killed run may leave half
-            write_whole(log, "".join(line + "\n" for line in lines if json.loads(line)["update"] <= done))
+            kept = []
+            for line in log.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                    kept += [line + "\n"] if json.loads(line)["update"] <= done else []
+            write_whole(log, "".join(kept))
     return done
 
 
@@ -1077,10 +1078,9 @@ class Task:
 
 def inside_tags(text: str, tag: str) -> str | None:
     """What stands between <tag> and </tag>; None unless each occurs exactly once, in this order."""
-    if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
+    if re.findall(f"</?{tag}>", text) != [f"<{tag}>", f"</{tag}>"]:
         return None
-    after = text.split(f"<{tag}>")[1]
-    return after.split(f"</{tag}>")[0].strip() if f"</{tag}>" in after else None
+    return text.split(f"<{tag}>")[1].split(f"</{tag}>")[0].strip()
 
 
 TAGS = ("reasoning", "answer")
@@ -1100,6 +1100,10 @@ def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
             raise ValueError(f"--data {path}: this folder should hold one {split}.jsonl, .json, .csv or .parquet")
     elif not files[0].is_file():
         raise ValueError(f"--data {path}: no such file or folder")
+    elif split == "train":
+        raise ValueError(
+            f"--data {path}: give a folder of train.* and test.*, or it would be tested on what it was taught"
+        )
     elif files[0].suffix not in DATA_FILES:
         raise ValueError(f"--data {path}: give a .jsonl, .json, .csv or .parquet file, or a folder of them")
     rows = []
@@ -1109,18 +1113,18 @@ def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
         except (ValueError, OSError, csv.Error, RecursionError) as error:
             raise ValueError(f"--data {file}: not readable as {file.suffix} in UTF-8: {error}") from None
         for number, row in enumerate(table, start=1):
-            if isinstance(row, dict) and None in row:
-                raise ValueError(f"--data {file}, row {number}: more values than columns: {row[None]}")
-            missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+            where, row = f"--data {file}, row {number}", row if isinstance(row, dict) else {}
+            if None in row:
+                raise ValueError(f"{where}: more values than columns: {row[None]}")
+            missing = [name for name in columns if name not in row]
             if missing:
-                there = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
-                raise ValueError(f"--data {file}, row {number}: no {' and no '.join(missing)}; it has {there}")
+                raise ValueError(f"{where}: no {' and no '.join(missing)}; it has {', '.join(row) or 'no columns'}")
             for name in columns:
                 text = str(row[name]).strip()
                 if type(row[name]) not in (str, int, float) or text in ("", "nan", "inf", "-inf"):
-                    raise ValueError(f"--data {file}, row {number}: {name} is empty or not text: {row[name]!r:.50}")
+                    raise ValueError(f"{where}: {name} is empty or not text: {row[name]!r:.50}")
                 if re.search("[\ud800-\udfff]", text):
-                    raise ValueError(f"--data {file}, row {number}: {name} holds half a character: {row[name]!r:.50}")
+                    raise ValueError(f"{where}: {name} holds half a character: {row[name]!r:.50}")
             rows.append({name: str(row[name]) for name in columns})
     if not rows:
         raise ValueError(f"--data {path}: no rows in it")
@@ -1135,7 +1139,10 @@ def read_table(file: Path) -> list[dict]:
         import datasets
 
         datasets.disable_progress_bars()
-        return datasets.Dataset.from_parquet(str(file)).to_list()
+        try:
+            return datasets.Dataset.from_parquet(str(file)).to_list()
+        except Exception as error:  # noqa: BLE001 - the errors of datasets and pyarrow have no ancestor of their own
+            raise ValueError(str(error)) from None
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".csv":  # all as text: read as numbers, a Sudoku would lose its leading zeros
         return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
@@ -1165,7 +1172,7 @@ def all_grids() -> list[str]:
     """All 288 4x4 grids, always in the same order."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     bands = [a + b for a, b in itertools.product(rows, rows) if set(a[:2] + b[:2]) == set(a[2:] + b[2:]) == set("1234")]
-    return [a + b for a, b in itertools.product(bands, bands) if sudoku_credit({"puzzle": "0" * 16}, a + b) == 1]
+    return [a + b for a, b in itertools.product(bands, bands) if sudoku_right({"puzzle": "0" * 16}, a + b)]
 
 
 def sudoku_examples(split: str, args: "Settings") -> list[dict]:
@@ -1231,9 +1238,8 @@ def countdown_examples(split: str, args: "Settings") -> list[dict]:
     if split == "test" and args.data:
         problems = []
         for number, row in enumerate(read_rows(args.data, split, ("input", "output")), start=1):
-            if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})+", row["input"]) or not re.fullmatch(
-                "[0-9]{1,9}", row["output"]
-            ):
+            good = re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})+", row["input"]) and re.fullmatch("[0-9]{1,9}", row["output"])
+            if not good:
                 raise ValueError(
                     f'--data {args.data}, row {number}: wanted input like "30,100,93" and output like "23"'
                 )
@@ -1361,7 +1367,7 @@ def math_examples(split: str, args: "Settings") -> list[dict]:
             why = "solution must give its answer in \\boxed{}, and level be 1 to 5"
             raise ValueError(f"--data {source}, {split} row {number}: {why}")
     easier = [row for row in rows if row["level"] in ("1", "2", "3", "4")]
-    if not easier:
+    if split == "train" and not easier:
         raise ValueError(f"--data {source}: no problem of level 1 to 4 to train on")
     return easier if split == "train" else rows
 
@@ -1477,7 +1483,8 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     if mask_id is None:
         raise ValueError(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
     model.raw_config = raw
-    model.name_or_path = str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
+    # An adapter names its base by this: of a run not the folder, whose newest checkpoint will be another one.
+    model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
     return model.to(device).eval(), tokenizer, mask_id
 
 
@@ -1618,18 +1625,17 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
     """peft's names in a file -> this model's names. Raises ValueError where the file is for another model."""
-    ours = {peft_name: f"{name}.{part}" for peft_name, (name, part) in peft_names(model).items()}
+    ours = peft_names(model)
     if ours.keys() != saved.keys():
-        raise ValueError(
-            f"the adapter's weights are not this model's: {', '.join(sorted(ours.keys() ^ saved.keys())[:5])}"
-        )
+        odd = ", ".join(sorted(ours.keys() ^ saved.keys())[:5])
+        raise ValueError(f"the adapter's weights are not this model's: {odd}")
     return {ours[name]: tensor for name, tensor in saved.items()}
 
 
-def peft_names(model) -> dict[str, tuple[str, str]]:
-    """peft's name of each LoRA weight -> (layer, "lora_A" or "lora_B")."""
-    parts = itertools.product(lora_layers(model), ("lora_A", "lora_B"))
-    return {f"base_model.model.{name}.{part}.weight": (name, part) for name, part in parts}
+def peft_names(model) -> dict[str, str]:
+    """peft's name of each LoRA weight -> its name here."""
+    names = (name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B")))
+    return {f"base_model.model.{name}.weight": name for name in names}
 
 
 def merge_lora(model):
@@ -1647,8 +1653,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
     layers, folder = lora_layers(model), Path(folder)
     if layers:
         folder.mkdir(parents=True)
-        names = peft_names(model).items()
-        tensors = {peft_name: getattr(layers[name], part).detach().contiguous() for peft_name, (name, part) in names}
+        tensors = {peft: model.get_parameter(name).detach().contiguous() for peft, name in peft_names(model).items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         first = next(iter(layers.values()))
         config = {"peft_type": "LORA", "task_type": None, "r": first.r, "lora_alpha": first.alpha, "lora_dropout": 0.0}
@@ -1810,14 +1815,10 @@ class Settings:
 
     def eval_sampling(self, steps: int, greedy: bool) -> dict:
         """Those for measuring: as trained, or greedy low-confidence unmasking, the paper's protocol."""
-        changes = {
-            "completion_length": self.eval_completion_length,
-            "block_length": self.eval_block_length,
-            "steps": steps,
-        }
+        changes = {"completion_length": self.eval_completion_length, "block_length": self.eval_block_length}
         if greedy:
             changes |= {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-        return self.sampling(**changes)
+        return self.sampling(steps=steps, **changes)
 
 
 # The official release's settings for LLaDA-8B, cut to one GPU: the batch of 16 prompts goes through it 8 completions at
@@ -1950,7 +1951,7 @@ def starting_model(task: Task, examples: list, test: list, args: Settings, devic
     dtype = torch.bfloat16 if half_weights else torch.float32
     model, tokenizer, mask_id = load_model(args.model, device, dtype)
     prompts = [task.prompt(example, tokenizer) for example in examples + test]
-    longest = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
+    longest = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
     completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
     if longest + completion > most:
         raise ValueError(
@@ -1979,14 +1980,10 @@ def starting_model(task: Task, examples: list, test: list, args: Settings, devic
 
 def measure(model, tokenizer, mask_id: int, task: Task, examples: list, args: Settings) -> dict[str, dict[str, float]]:
     """Accuracy at each of eval_steps: of the sampler that is trained, and of greedy low-confidence unmasking."""
-    table = {}
-    for sampler in SAMPLERS:
-        table[sampler] = {}
+    table = {sampler: {} for sampler in SAMPLERS}
+    for sampler, row in table.items():
         for steps in tqdm(args.eval_steps, desc=f"accuracy, {sampler}", leave=False, disable=rank() > 0):
-            sampling = args.eval_sampling(steps, greedy=sampler == "greedy")
-            with autocast(model, args):
-                records = evaluate(model, tokenizer, mask_id, task, examples, args.eval_batch, seed=0, **sampling)
-            table[sampler][str(steps)] = accuracy(records)
+            row[str(steps)] = evaluate(model, tokenizer, mask_id, task, examples, args, steps, sampler == "greedy")
     return table
 
 
@@ -2015,20 +2012,13 @@ def print_cost(run: Path) -> None:
         f"{len(lines)} updates: {phases}; {total['rollout_tokens_per_second'] / len(lines):,.0f} tokens/s in rollouts; "
         f"peak memory {lines[-1]['peak_memory_gib']:.1f} GiB"
     )
-    saved = {
-        "rollout_forward_passes": {
-            "rows that had ended": total["rollout_passes_saved_ended"],
-            "equal states": total["rollout_passes"] - total["rollout_forward_passes"],
-        },
-        "forward_passes": {
-            "no advantage": total["passes_saved_no_advantage"],
-            "fewer than k steps": total["passes_saved_short"],
-            "equal states": total["passes"] - total["forward_passes"],
-        },
-    }
-    for phase, (name, reasons) in zip(("rollouts", "updates"), saved.items()):
-        reasons = ", ".join(f"{number:,.0f} ({reason})" for reason, number in reasons.items())
-        print(f"forward passes in {phase}: {total[name]:,.0f}; saved: {reasons}")
+    rolled, made = total["rollout_forward_passes"], total["forward_passes"]
+    print(
+        f"forward passes in rollouts: {rolled:,.0f}; saved: {total['rollout_passes_saved_ended']:,.0f} (rows that had "
+        f"ended), {total['rollout_passes'] - rolled:,.0f} (equal states)\n"
+        f"forward passes in updates: {made:,.0f}; saved: {total['passes_saved_no_advantage']:,.0f} (no advantage), "
+        f"{total['passes_saved_short']:,.0f} (fewer than k steps), {total['passes'] - made:,.0f} (equal states)"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2051,8 +2041,8 @@ def main(argv: list[str] | None = None) -> None:
         check_settings(args)
         device = torch.zeros(1, device=args.device).device
         examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
-        if args.model != "tiny":
-            find_checkpoint(args.model, device)
+        if args.model != "tiny" and (find_checkpoint(args.model, device) / "adapter_config.json").is_file():
+            raise ValueError(f"--model {args.model} is a LoRA adapter: merge it first (merge_lora, see the README)")
     except (ValueError, RuntimeError, AssertionError) as error:
         refuse(str(error).splitlines()[0])
     wait_for_all_ranks()  # every process has looked before one of them writes
@@ -2064,8 +2054,11 @@ def main(argv: list[str] | None = None) -> None:
         size = sum(p.numel() for p in model.parameters())
         if rank() == 0:
             print(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
-        results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
+        base = run / "base.json"  # a resumed run need not measure it again
+        results = read_json(base) if base.exists() else {}
+        results = results or {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
         if rank() == 0:
+            write_whole(base, json.dumps(results))
             print_table(results, args)
 
         ref_model = None
@@ -2073,12 +2066,14 @@ def main(argv: list[str] | None = None) -> None:
             ref_model = copy.deepcopy(model, {id(p): p for p in model.parameters()} if args.lora_rank else {})
             ref_model.requires_grad_(False)
         if checkpoints(run):
-            model, tokenizer, mask_id = load_model(str(run), device, model.dtype)
+            dtype = model.dtype
+            del model  # there may not be room for two
+            model, tokenizer, mask_id = load_model(str(run), device, dtype)
         elif args.lora_rank:
             torch.manual_seed(args.seed)
             add_lora(model, args.lora_rank, args.lora_alpha)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         if not train(model, tokenizer, mask_id, task, examples, test, args, ref_model):
             refuse(f"stopped; nothing is lost. Go on with: python agrpo.py --resume {run}")
         results[METHODS[args.method]] = measure(model, tokenizer, mask_id, task, test, args)

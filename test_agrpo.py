@@ -2287,7 +2287,7 @@ def blocks(language: str) -> list[str]:
 def test_readme_commands_have_the_options_they_name(tmp_path, monkeypatch):
     """Every `python agrpo.py ...`, `torchrun ... agrpo.py ...` and eval.py line: no option is unknown."""
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"`(python (?:agrpo|eval)\.py[^`]*)`", README)
+    lines += [" ".join(line.split()) for line in re.findall(r"`(python (?:agrpo|eval)\.py[^`]*)`", README)]
     found = [re.search(r"(agrpo|eval)\.py(.*)", line) for line in lines if "pytest" not in line]
     commands = [(match[1], match[2].split()) for match in found if match]
     assert len(commands) >= 8
