@@ -637,7 +637,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
 
         # Rewards and advantages.
         grades = [task.grade(example, text, chat) for example, text in zip(batch, texts)]
-        rewards = torch.tensor([reward for reward, _ in grades], dtype=torch.float32, device=model.device)
+        rewards = torch.tensor([reward for reward, _ in grades], dtype=torch.float32).to(model.device)
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
         seconds_reward = lap()
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -35,6 +35,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -1302,6 +1304,87 @@ def test_out_of_memory_is_one_sentence_and_the_resumed_run_may_have_smaller_batc
     agrpo.main(["--resume", str(run), "--micro_batch", "2"])
     for ours, theirs in zip(figures(run), figures(short_run)):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+# ======================================================================================================================
+# A device of one's own: what would break on a GPU, without one
+# ======================================================================================================================
+
+
+class Far(torch.Tensor):
+    """A tensor that says it is on another device ("meta"), while its numbers lie in `here`, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, here: Tensor):
+        strides = {"strides": here.stride(), "storage_offset": here.storage_offset()}
+        far = torch.Tensor._make_wrapper_subclass(cls, here.shape, dtype=here.dtype, device="meta", **strides)
+        far.here = here
+        return far
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self):
+        return self.here.tolist()
+
+    def __format__(self, how: str):
+        return format(self.here, how)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return far_away(func, args, kwargs or {})
+
+
+class FarDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return far_away(func, args, kwargs or {})
+
+
+def far_away(func, args, kwargs):
+    """Run on the CPU what belongs there, as if far away; refuse what no GPU would do: to mix tensors of two devices."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    far, near = [x for x in tensors if isinstance(x, Far)], [x for x in tensors if not isinstance(x, Far) and x.dim()]
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("index", "index_put_") and isinstance(args[0], Far):  # by indices on the CPU: a GPU does that
+        near = [x for x in near if name == "index_put_" and x is args[2]]
+    assert not (far and near) or name in ("copy_", "_to_copy"), f"{name} of tensors on two devices"
+    goes_far = bool(far)
+    if kwargs.get("device") is not None:
+        goes_far, kwargs = torch.device(kwargs["device"]).type == "meta", kwargs | {"device": torch.device("cpu")}
+    args_here, kwargs_here = tree_map(lambda x: x.here if isinstance(x, Far) else x, (args, kwargs))
+    out = func(*args_here, **kwargs_here)
+    if not func._schema.returns or name.endswith("_"):
+        return args[0] if func._schema.returns else None
+    return tree_map(lambda x: Far(x) if isinstance(x, Tensor) and goes_far else x, out)
+
+
+@pytest.mark.parametrize("options", ["", "--method diffu_grpo", "--top_k 5 --top_p 0.9 --unmasking low_confidence"])
+def test_training_on_another_device_is_training_on_the_cpu(options, tmp_path, monkeypatch, generous_sudoku):
+    """Pretraining, rollouts, timesteps, both updates of a rollout, KL, metrics: nothing in them that a GPU would refuse."""
+    more = "--k 2 --steps 4 --updates_per_rollout 2 --beta 0.1 --micro_batch 3 --eval_every 2 --learning_rate 1e-6 --pretrain_learning_rate 1e-6"
+    args = agrpo.parse_settings([*SHORT, *more.split(), *options.split()])
+    task, generator, lines = agrpo.TASKS["sudoku"], agrpo.seeded_generator, {}
+    examples = task.examples("train", args)[:8]
+    monkeypatch.setattr(agrpo, "seeded_generator", lambda device, *key: generator("cpu", *key))
+    monkeypatch.setattr(agrpo, "save_training_state", lambda *_: None)
+    for where in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model, tokenizer, mask_id = agrpo.load_model("tiny")
+        args.output_dir = str(tmp_path / where)
+        (tmp_path / where).mkdir()
+        with FarDevice() if where == "meta" else nullcontext():
+            if where == "meta":
+                for module in model.modules():
+                    for name, p in [*module._parameters.items()]:
+                        if p is not None:
+                            module._parameters[name] = torch.nn.Parameter(Far(p.detach()))
+                    for name, b in [*module._buffers.items()]:
+                        module._buffers[name] = Far(b)
+            assert model.device.type == where
+            agrpo.pretrain(model, tokenizer, mask_id, [(e["puzzle"], e["solution"]) for e in examples], args)
+            agrpo.train(model, tokenizer, mask_id, task, examples, examples, args, ref_model=model)
+        lines[where] = figures(tmp_path / where)
+    for here, there in zip(lines["cpu"], lines["meta"], strict=True):
+        assert here == pytest.approx(there, rel=1e-2, abs=1e-4)
 
 
 # ======================================================================================================================
