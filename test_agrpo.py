@@ -478,6 +478,8 @@ def test_proposals_that_cannot_be_weighted_are_refused_or_mended():
         proposal[0, 2] = wrong
         with pytest.raises(ValueError):
             draw_timesteps(RAGGED, k, proposal)
+    with pytest.raises(ValueError):  # for fewer steps than a row has taken
+        draw_timesteps(RAGGED, 2, torch.ones(3, int(RAGGED.max()) - 1))
     entropy = torch.tensor([[1.0, 0.0, 3.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     expected = [[0.225 + 0.1 / 3, 0.1 / 3, 0.675 + 0.1 / 3], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]
     proposal = agrpo.defensive_proposal(entropy, torch.tensor([3, 2, 2]), 0.1)
@@ -1469,6 +1471,20 @@ def test_data_that_are_not_what_they_should_be_are_named(name, content, said, tm
     assert str(settings.data) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_one_file_is_not_both_trained_and_tested_on(tmp_path, monkeypatch):
+    """gsm8k and math, where --data has both: one file serves to measure only. MATH is measured on level 5 too."""
+    monkeypatch.setattr(agrpo, "math_verify", lambda: None)
+    for task, row in (
+        ("gsm8k", {"question": "q", "answer": "#### 5"}),
+        ("math", {"problem": "p", "solution": "\\boxed{5}", "level": "Level 5"}),
+    ):
+        (tmp_path / "test.jsonl").write_text(json.dumps(row))
+        settings = agrpo.Settings(task=task, data=str(tmp_path / "test.jsonl"))
+        assert len(agrpo.TASKS[task].examples("test", settings)) == 1
+        with pytest.raises(ValueError, match=r"test\.jsonl: give a folder of train"):
+            agrpo.TASKS[task].examples("train", settings)
+
+
 GSM8K = {"gold": "1,234"}
 
 
@@ -1761,6 +1777,8 @@ def test_lora_starts_as_the_model_itself_and_is_saved_loaded_and_merged(tmp_path
     agrpo.save_model(agrpo.merge_lora(again), tokenizer, tmp_path / "merged")
     merged, _, _ = agrpo.load_model(str(tmp_path / "merged"))
     torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SystemExit, match=r"adapter is a LoRA adapter: merge it first"):  # not: LoRA on top of LoRA
+        agrpo.main(["--task", "countdown", "--model", str(tmp_path / "adapter"), "--device", "cpu"])
 
 
 LLADA_RUN = (
