@@ -2,7 +2,7 @@
 
     pytest test_agrpo.py        every claim, asserted
     python test_agrpo.py        the same story as tables, in half a minute
-    python test_agrpo.py --learning 3 4 5        what k and the timesteps do to learning, seeds 3 to 5 (hours)
+    python test_agrpo.py --learning 3 4 5        what k and the timesteps do to learning (three hours)
 
 The mask predictor here knows four words (one is EOS, one the mask) and writes two to four of them, in float64: so few
 that every trajectory (the order in which positions are filled in, and the tokens) can be enumerated. Whatever training
