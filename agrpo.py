@@ -119,8 +119,8 @@ def logits_at(
     """Logits at the given positions only: the output head never sees the rest of the sequence.
 
     input_ids (N, L) int64; attention_mask (N, L) bool, or None where nothing is padding (leaves the way free for flash
-    attention); positions (N, n) int64 in [0, L). merge: one pass for all rows that are equal, as the completions of one
-    prompt are at step 0. Returns (N, n, V) in the model's dtype, differentiable.
+    attention); positions (N, n) int64 in [0, L), for Dream in [1, L). merge: one pass for all rows that are equal, as
+    the completions of one prompt are at step 0. Returns (N, n, V) in the model's dtype, differentiable.
     """
     same = None
     if merge:
@@ -143,7 +143,7 @@ def logits_at(
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """Ids left to choose from after top-k, then top-p (nucleus, arXiv 1904.09751) among what top-k kept.
 
-    logits (..., V). Returns (..., K) int64 with -1 in unused places, K = top_k (or V where only top-p is asked for);
+    logits (..., V). Returns (..., K) int64 with -1 in unused places, K = top_k (V where that is less, or 0);
     None where nothing is cut. At least one id is always kept; mask_id never.
     """
     if not top_k and top_p >= 1:
@@ -549,7 +549,7 @@ def policy_gradient(
                   Where no row ends early the two are one.
     advantage (B,). on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw.
     ref_model: the reference for beta > 0. No pass is made for a row without advantage (unless beta > 0); at most
-    micro_batch (row, step) pairs are in memory at once. Returns the loss, counts, and means over the tokens looked at.
+    micro_batch (row, step) pairs are in memory at once. Returns loss, counts, and plain means over the tokens looked at.
     """
     B, T = rollout.entropy.shape
     k = min(k, int(rollout.num_steps.max()))  # there are no more steps than that to learn from
@@ -679,7 +679,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
             "completion_length": tokens / len(batch),
             "entropy": float(rollout.entropy.sum() / tokens),
-            **figures,
+            **figures,  # of the last update on this rollout
             **passes,
             "forward_passes": update_forward_passes,
             "rollout_passes": int(rollout.num_steps.sum()),
@@ -1027,7 +1027,7 @@ class Task:
     """What to train on. An example is a dict; what is in it is between the functions of one task.
 
     A model with a chat template is asked `question` and must write <reasoning>...</reasoning><answer>...</answer>; one
-    without (the tiny model) is shown `plain` and its whole completion is the answer.
+    without (the tiny model) is shown `plain`, where there is one, and its whole completion is the answer.
     """
 
     examples: Callable[[str, "Settings"], list[dict]]  # ("train" or "test", settings) -> examples
@@ -1054,7 +1054,8 @@ class Task:
         """(reward, what training maximises; correct, what accuracy counts: the answer is right).
 
         The reward is 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags, as in the
-        official release; where the whole completion is the answer, 1 for a right one, and partial credit.
+        official release; where the whole completion is the answer, 1 for a right one, and partial credit: 2 for a
+        Sudoku solved.
         """
         answer = self.answer(completion, chat)
         right = answer is not None and self.is_right(example, answer)
