@@ -323,10 +323,8 @@ def draw_timesteps(
     B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
     taken = torch.arange(T) < num_steps  # (B, T)
     density = taken.double() if proposal is None else proposal.detach().cpu().double() * taken
-    fits = (
-        (num_steps <= T).all() and density.isfinite().all() and (density >= 0).all() and ((density > 0) | ~taken).all()
-    )
-    if not fits:
+    covered = (num_steps <= T).all() and ((density > 0) | ~taken).all()
+    if not (covered and density.isfinite().all() and (density >= 0).all()):
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
     inclusion = torch.zeros_like(density)
@@ -962,7 +960,8 @@ def restore_training_state(run: Path, optimizer) -> int:
             kept = []
             for line in log.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    kept += [line + "\n"] if json.loads(line)["update"] <= done else []
+                    if json.loads(line)["update"] <= done:
+                        kept.append(line + "\n")
             write_whole(log, "".join(kept))
     return done
 
@@ -2056,10 +2055,13 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0:
             print(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
         base = run / "base.json"  # a resumed run need not measure it again
-        results = read_json(base) if base.exists() else {}
-        results = results or {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
+        if base.exists():
+            results = read_json(base)
+        else:
+            results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
+            if rank() == 0:
+                write_whole(base, json.dumps(results))
         if rank() == 0:
-            write_whole(base, json.dumps(results))
             print_table(results, args)
 
         ref_model = None

@@ -10,10 +10,10 @@ only samples is computed here, by code that shares nothing with the sampler, and
 likelihood, the expected reward, its gradient, the mean of an update over all trajectories, groups and timesteps.
 """
 
-import ast
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -1076,22 +1076,21 @@ LEARNING = {
 }
 
 
-def learning_runs(seeds: list[int], folder: Path, only: str = ""):
+def learning_runs(seeds: list[int], folder: Path):
     """Train with each estimator for the same number of passes (a run that is there already is not repeated); yields
     (name, updates, share of right completions in the last tenth of the updates, held-out accuracy as trained)."""
     for seed, (name, (k, scheme, method, proposal)) in itertools.product(seeds, LEARNING.items()):
         updates = round(60 * (8 + 3 * 8) / (8 + 3 * k))
         run = folder / f"{re.sub('[^a-zA-Z0-9]+', '-', name)}-seed{seed}"
-        if only in name and not (run / "results.json").exists():
+        if not (run / "results.json").exists():
             options = {"steps": 8, "eval_steps": 8, "prompts_per_update": 16, "rollout_batch": 256, "show_every": 0}
             options |= {"k": k, "method": method, "timestep_proposal": proposal, "max_steps": updates, "seed": seed}
             words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
             with mock.patch.object(agrpo, "draw_timesteps", SCHEMES[scheme]):
                 agrpo.main(["--resume", str(run)] if run.exists() else [*words, "--output_dir", str(run)])
-        if (run / "results.json").exists():
-            accuracy = [line["accuracy"] for line in figures(run)[-updates // 10 :]]
-            held_out = json.loads((run / "results.json").read_text())[agrpo.METHODS[method]]["as trained"]["8"]
-            yield name, updates, sum(accuracy) / len(accuracy), held_out
+        accuracy = [line["accuracy"] for line in figures(run)[-updates // 10 :]]
+        held_out = json.loads((run / "results.json").read_text())[agrpo.METHODS[method]]["as trained"]["8"]
+        yield name, updates, sum(accuracy) / len(accuracy), held_out
 
 
 def print_learning(seeds: list[int], folder: Path):
@@ -1133,12 +1132,14 @@ def figures(run):
     return [{name: value for name, value in line.items() if not re.search("second|memory", name)} for line in lines]
 
 
+# Three steps of pretraining earn no reward, so there would be no gradient: pay for every odd character instead.
+GENEROUS_SUDOKU = replace(agrpo.TASKS["sudoku"], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)
+
+
 @pytest.fixture(scope="module")
 def generous_sudoku():
-    """Three steps of pretraining earn no reward, so there would be no gradient: pay for every odd character instead."""
     with pytest.MonkeyPatch.context() as patch:
-        paid = replace(agrpo.TASKS["sudoku"], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)
-        patch.setitem(agrpo.TASKS, "sudoku", paid)
+        patch.setitem(agrpo.TASKS, "sudoku", GENEROUS_SUDOKU)
         yield
 
 
@@ -1359,10 +1360,19 @@ def far_away(func, args, kwargs):
     return tree_map(lambda x: Far(x) if isinstance(x, Tensor) and goes_far else x, out)
 
 
+def send_far(model):
+    for module in model.modules():
+        for name, p in [*module._parameters.items()]:
+            module._parameters[name] = None if p is None else torch.nn.Parameter(Far(p.detach()))
+        for name, b in [*module._buffers.items()]:
+            module._buffers[name] = Far(b)
+
+
 @pytest.mark.parametrize("options", ["", "--method diffu_grpo", "--top_k 5 --top_p 0.9 --unmasking low_confidence"])
 def test_training_on_another_device_is_training_on_the_cpu(options, tmp_path, monkeypatch, generous_sudoku):
     """Pretraining, rollouts, timesteps, both updates of a rollout, KL, metrics: nothing in them that a GPU would refuse."""
-    more = "--k 2 --steps 4 --updates_per_rollout 2 --beta 0.1 --micro_batch 3 --eval_every 2 --learning_rate 1e-6 --pretrain_learning_rate 1e-6"
+    more = "--k 2 --steps 4 --updates_per_rollout 2 --beta 0.1 --micro_batch 3 --eval_every 2 "
+    more += "--learning_rate 1e-6 --pretrain_learning_rate 1e-6"
     args = agrpo.parse_settings([*SHORT, *more.split(), *options.split()])
     task, generator, lines = agrpo.TASKS["sudoku"], agrpo.seeded_generator, {}
     examples = task.examples("train", args)[:8]
@@ -1373,14 +1383,9 @@ def test_training_on_another_device_is_training_on_the_cpu(options, tmp_path, mo
         model, tokenizer, mask_id = agrpo.load_model("tiny")
         args.output_dir = str(tmp_path / where)
         (tmp_path / where).mkdir()
-        with FarDevice() if where == "meta" else nullcontext():
-            if where == "meta":
-                for module in model.modules():
-                    for name, p in [*module._parameters.items()]:
-                        if p is not None:
-                            module._parameters[name] = torch.nn.Parameter(Far(p.detach()))
-                    for name, b in [*module._buffers.items()]:
-                        module._buffers[name] = Far(b)
+        if where == "meta":
+            send_far(model)
+        with FarDevice():
             assert model.device.type == where
             agrpo.pretrain(model, tokenizer, mask_id, [(e["puzzle"], e["solution"]) for e in examples], args)
             agrpo.train(model, tokenizer, mask_id, task, examples, examples, args, ref_model=model)
@@ -2146,11 +2151,11 @@ def test_two_processes_share_out_the_examples_and_count_each_once(half_known, tm
 
 
 # ======================================================================================================================
-# Slow: attacks. SLOW=1 python -m pytest -q test_agrpo.py -k slow
+# Slow: attacks. SLOW=100000 (texts for each task) python -m pytest -q -s test_agrpo.py -k slow
 # ======================================================================================================================
 
 slow = pytest.mark.skipif(
-    "SLOW" not in os.environ, reason="takes minutes: SLOW=1 python -m pytest test_agrpo.py -k slow"
+    "SLOW" not in os.environ, reason="takes minutes: SLOW=100000 python -m pytest -s test_agrpo.py -k slow"
 )
 
 # An example of each task, texts that are right (so that the fuzzer finds its way), and what would be a cheat.
@@ -2178,49 +2183,24 @@ DEBRIS = [
     "<reasoning>",
     "</reasoning>",
     "\\boxed{",
-    "{",
-    "}",
-    "(",
-    ")",
-    "+",
-    "-",
-    "*",
-    "/",
-    "=",
-    " ",
-    "\n",
-    "\0",
-]
-DEBRIS += [
-    ",",
-    ".",
-    "$",
+    *"{}()+-*/= \n\0,.$",
     "####",
     "1",
     "7",
     "e999",
-    "9" * 5000,
-    "((((" * 500,
-    "<answer" * 500,
-    "٧٢",
-    "\u2212",
-    "\u202e",
-    "½",
-    "Ⅶ",
-    "\ud800",
 ]
+DEBRIS += ["9" * 5000, "((((" * 500, "<answer" * 500, "٧٢", "\u2212", "\u202e", "½", "Ⅶ", "\ud800"]
 
 
 def value_of(expression: str) -> Fraction:
     """Arithmetic by recursive descent over + - * / and parentheses: apart from agrpo's, which parses with ast."""
     words = re.findall(r"[0-9]+|[-+*/()]", expression)
+    symbols = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
     def level(operators: str, below):
         value = below()
         while words and words[0] in operators:
-            value = agrpo.OPERATIONS[{"+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div}[words.pop(0)]](
-                value, below()
-            )
+            value = symbols[words.pop(0)](value, below())
         return value
 
     def atom():
@@ -2291,8 +2271,7 @@ def test_slow_no_text_breaks_a_reward_or_cheats_it(task):
 @slow
 def test_slow_twenty_kills_lose_nothing(tmp_path):
     """kill -9 at random moments, while starting, pretraining, training, writing: each run ends as if there were none."""
-    paid = "replace(agrpo.TASKS['sudoku'], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)"  # as above
-    main = f"import agrpo\nfrom dataclasses import replace\nagrpo.TASKS['sudoku'] = {paid}\nagrpo.main()"
+    main = "import agrpo, test_agrpo; agrpo.TASKS['sudoku'] = test_agrpo.GENEROUS_SUDOKU; agrpo.main()"
 
     def start(run: Path):
         new = [*SHORT, "--max_steps", "30", "--save_every", "1", "--output_dir", str(run)]
