@@ -1334,20 +1334,21 @@ def boxed(text: str) -> str | None:
     return None
 
 
-NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[-+]?\.[0-9]+")
-
-
+NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 AROUND = re.compile(r"[\\$]+(?![0-9.\\$])|(?<![0-9.,\\$])[\\$]+")  # $ and \ before or after a number, never inside
 
 
 def single_number(text: str) -> Fraction | None:
-    """The number in a text that holds exactly one; None for none, several, signs that are numbers but not 0 to 9, or a
-    text of over 100 characters."""
+    """The number in a text that holds exactly one, negative if a minus stands before it with no letter between; None
+    for none, several, numeric signs other than 0 to 9, or a text of over 100 characters."""
     if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
-    text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-")  # minus sign, en dash
-    found = NUMBER.findall(AROUND.sub("", text))
-    return Fraction(found[0].replace(",", "")) if len(found) == 1 else None
+    text = AROUND.sub("", text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-"))  # minus sign, en dash
+    found = list(NUMBER.finditer(text))
+    if len(found) != 1:
+        return None
+    value = Fraction(found[0][0].replace(",", ""))
+    return -value if re.search(r"-\W*$", text[: found[0].start()]) else value
 
 
 def math_examples(split: str, args: "Settings") -> list[dict]:

@@ -1508,13 +1508,17 @@ GSM8K = {"gold": "1,234"}
         "1234%",
         "1{,}234",
         "$1234$",
+        "1234.000",
+        "T-shirts: 1234",
     ],
 )
 def test_gsm8k_answers_are_compared_as_numbers(answer):
     """However it is written, the right number is right, and its negative or its double is wrong."""
     assert agrpo.gsm8k_right(GSM8K, answer)
-    if answer.lstrip("$")[0].isdigit():  # an en dash before it is a minus
-        assert not agrpo.gsm8k_right(GSM8K, "\u2013" + answer.lstrip("$"))
+    if answer.lstrip("$")[0].isdigit():
+        for minus in ("-", "\u2013", "- ", "-$"):  # an en dash too
+            assert not agrpo.gsm8k_right(GSM8K, minus + answer.lstrip("$"))
+            assert agrpo.gsm8k_right({"gold": "-1,234"}, minus + answer.lstrip("$"))
     assert not agrpo.gsm8k_right({"gold": "-1234"}, answer) and not agrpo.gsm8k_right({"gold": "2468"}, answer)
 
 
@@ -1525,6 +1529,8 @@ def test_gsm8k_answers_are_compared_as_numbers(answer):
         "1234 1234",
         "1233 or 1234",
         "1 234",
+        "-(1234)",
+        "01,234",
         "12,34",
         "1234/1",
         r"\boxed{1234} \boxed{1}",
@@ -2222,10 +2228,14 @@ def really_right(task: str, example: dict, answer: str) -> bool:
         left, *right = answer.replace("×", "*").replace("÷", "/").split("=")
         used = sorted(int(number) for number in re.findall("[0-9]+", left))
         return used == [3, 7, 20] and value_of(left) == 41 and [part.strip() for part in right] in ([], ["41"])
-    box = re.search(r"\\boxed\{([^}]*)\}", answer)
-    kept = "[^0-9./-]" if task == "math" else "[^0-9.-]"  # no fractions there, but the / of a tag
-    inside = re.sub(kept, "", box[1] if box else answer).rstrip(".")
-    return inside in ("72", "72.0", "72.00") or task == "math" and inside in ("12", "0.5", ".5", "1/2")
+    box = re.fullmatch(r"(?s).*\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}.*", answer) if answer.count("\\boxed{") == 1 else None
+    if task == "math":
+        return re.sub("[^0-9./-]", "", box[1]).rstrip(".") in ("12", "0.5", ".5", "1/2")
+    answer = box[1] if box and box[1] else answer
+    found = re.fullmatch(r"(?s)([^0-9]*)([0-9]+(?:\.[0-9]+)?)([^0-9]*)", answer)
+    if not found or found[1].endswith(".") or Fraction(found[2]) != 72:
+        return False
+    return re.sub(r"[^\w\u2212\u2013-]", "", found[1])[-1:] not in ("-", "\u2212", "\u2013")
 
 
 @slow
