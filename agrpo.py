@@ -966,20 +966,22 @@ def restore_training_state(run: Path, optimizer) -> int:
     return done
 
 
+class BadInput(ValueError):
+    """What was given cannot work: the message says why and what to do, and is all that the scripts print."""
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is missing or damaged ({error}); remove its folder to go back one checkpoint"
-        ) from None
+        raise BadInput(f"{path} is missing or damaged ({error}); remove its folder to go back one checkpoint") from None
 
 
 def read_json(path: Path) -> dict:
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as a JSON object: {error}") from None
+        raise BadInput(f"{path} is not readable as a JSON object: {error}") from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1091,43 +1093,43 @@ def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
     """Rows of a local data set, as dicts of strings: a .jsonl, .json, .csv or .parquet file, or a folder of train.* and
     test.* (or train-00000-of-00001.*, as on the hub).
 
-    Raises ValueError that names file and row where something is missing, empty or not text: nothing is skipped.
+    Raises BadInput that names file and row where something is missing, empty or not text: nothing is skipped.
     """
     files = [Path(path)]
     if files[0].is_dir():
         files = sorted(f for f in files[0].iterdir() if f.stem.split("-")[0] == split and f.suffix in DATA_FILES)
         if not files or len({f.suffix for f in files}) > 1:
-            raise ValueError(f"--data {path}: this folder should hold one {split}.jsonl, .json, .csv or .parquet")
+            raise BadInput(f"--data {path}: this folder should hold one {split}.jsonl, .json, .csv or .parquet")
     elif not files[0].is_file():
-        raise ValueError(f"--data {path}: no such file or folder")
+        raise BadInput(f"--data {path}: no such file or folder")
     elif split == "train":
-        raise ValueError(
+        raise BadInput(
             f"--data {path}: give a folder of train.* and test.*, or it would be tested on what it was taught"
         )
     elif files[0].suffix not in DATA_FILES:
-        raise ValueError(f"--data {path}: give a .jsonl, .json, .csv or .parquet file, or a folder of them")
+        raise BadInput(f"--data {path}: give a .jsonl, .json, .csv or .parquet file, or a folder of them")
     rows = []
     for file in files:
         try:
             table = read_table(file)
         except (ValueError, OSError, csv.Error, RecursionError) as error:
-            raise ValueError(f"--data {file}: not readable as {file.suffix} in UTF-8: {error}") from None
+            raise BadInput(f"--data {file}: not readable as {file.suffix} in UTF-8: {error}") from None
         for number, row in enumerate(table, start=1):
             where, row = f"--data {file}, row {number}", row if isinstance(row, dict) else {}
             if None in row:
-                raise ValueError(f"{where}: more values than columns: {row[None]}")
+                raise BadInput(f"{where}: more values than columns: {row[None]}")
             missing = [name for name in columns if name not in row]
             if missing:
-                raise ValueError(f"{where}: no {' and no '.join(missing)}; it has {', '.join(row) or 'no columns'}")
+                raise BadInput(f"{where}: no {' and no '.join(missing)}; it has {', '.join(row) or 'no columns'}")
             for name in columns:
                 text = str(row[name]).strip()
                 if type(row[name]) not in (str, int, float) or text in ("", "nan", "inf", "-inf"):
-                    raise ValueError(f"{where}: {name} is empty or not text: {row[name]!r:.50}")
+                    raise BadInput(f"{where}: {name} is empty or not text: {row[name]!r:.50}")
                 if re.search("[\ud800-\udfff]", text):
-                    raise ValueError(f"{where}: {name} holds half a character: {row[name]!r:.50}")
+                    raise BadInput(f"{where}: {name} holds half a character: {row[name]!r:.50}")
             rows.append({name: str(row[name]) for name in columns})
     if not rows:
-        raise ValueError(f"--data {path}: no rows in it")
+        raise BadInput(f"--data {path}: no rows in it")
     return rows
 
 
@@ -1188,7 +1190,7 @@ def sudoku_examples(split: str, args: "Settings") -> list[dict]:
             puzzle, solution = example.values()
             if not re.fullmatch("[0-4]{16}", puzzle) or not sudoku_right(example, solution):
                 why = "Puzzle must be 16 digits 0 to 4 (leading zeros included) and Solution a full grid that fits it"
-                raise ValueError(f"--data {args.data}, row {number}: {why}, not {puzzle!r} and {solution!r}")
+                raise BadInput(f"--data {args.data}, row {number}: {why}, not {puzzle!r} and {solution!r}")
         return puzzles
     grids = random.Random("grids").sample(all_grids(), 288)
     rng = random.Random(f"{args.seed} puzzles" if split == "train" else "test puzzles")
@@ -1240,9 +1242,7 @@ def countdown_examples(split: str, args: "Settings") -> list[dict]:
         for number, row in enumerate(read_rows(args.data, split, ("input", "output")), start=1):
             good = re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})+", row["input"]) and re.fullmatch("[0-9]{1,9}", row["output"])
             if not good:
-                raise ValueError(
-                    f'--data {args.data}, row {number}: wanted input like "30,100,93" and output like "23"'
-                )
+                raise BadInput(f'--data {args.data}, row {number}: wanted input like "30,100,93" and output like "23"')
             problems.append({"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])})
         return problems
     rng, problems = random.Random(f"{args.seed} countdown" if split == "train" else "countdown test"), []
@@ -1306,7 +1306,7 @@ def gsm8k_examples(split: str, args: "Settings") -> list[dict]:
     for number, row in enumerate(rows, start=1):
         row["gold"] = row["answer"].rpartition("####")[2].strip()
         if "####" not in row["answer"] or single_number(row["gold"]) is None:
-            raise ValueError(f"--data {source}, {split} row {number}: its answer does not end in #### and a number")
+            raise BadInput(f"--data {source}, {split} row {number}: its answer does not end in #### and a number")
     return rows
 
 
@@ -1366,10 +1366,10 @@ def math_examples(split: str, args: "Settings") -> list[dict]:
         row["level"] = row["level"].removeprefix("Level ")
         if "\\boxed" not in row["solution"] or row["level"] not in ("1", "2", "3", "4", "5", "?"):
             why = "solution must give its answer in \\boxed{}, and level be 1 to 5"
-            raise ValueError(f"--data {source}, {split} row {number}: {why}")
+            raise BadInput(f"--data {source}, {split} row {number}: {why}")
     easier = [row for row in rows if row["level"] in ("1", "2", "3", "4")]
     if split == "train" and not easier:
-        raise ValueError(f"--data {source}: no problem of level 1 to 4 to train on")
+        raise BadInput(f"--data {source}: no problem of level 1 to 4 to train on")
     return easier if split == "train" else rows
 
 
@@ -1395,7 +1395,7 @@ def math_verify():
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise ValueError(
+        raise BadInput(
             "--task math compares answers with the package math-verify: pip install 'math-verify[antlr4_13_2]'"
         )
     return parse, verify
@@ -1427,7 +1427,7 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     name_or_path: "tiny" (freshly initialised; see `pretrain`), a LLaDA or Dream checkpoint (hub id or folder), or what
     this project saved: a run's folder, one of its checkpoints, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2 whose
     attention is not causal, so transformers' own classes hold them and no remote code runs.
-    Raises ValueError, with what to do, for anything else and for checkpoints with missing or unexpected weights.
+    Raises BadInput, with what to do, for anything else and for checkpoints with missing or unexpected weights.
     """
     if name_or_path == "tiny":
         tokenizer = character_tokenizer()
@@ -1450,9 +1450,9 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
         adapter = read_json(folder / "adapter_config.json")
         base, r, alpha = (adapter.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
         if not isinstance(base, str) or type(r) is not int or type(alpha) not in (int, float) or not 0 < r <= 4096:
-            raise ValueError(f"{folder}: adapter_config.json does not give base_model_name_or_path, r and lora_alpha")
+            raise BadInput(f"{folder}: adapter_config.json does not give base_model_name_or_path, r and lora_alpha")
         if (Path(base) / "adapter_config.json").exists():
-            raise ValueError(f"{folder}: the base model that adapter_config.json names, {base}, is an adapter itself")
+            raise BadInput(f"{folder}: the base model that adapter_config.json names, {base}, is an adapter itself")
         model, tokenizer, mask_id = load_model(base, device, dtype)
         add_lora(model, r, alpha)
         model.load_state_dict(lora_weights(model, read_tensors(folder / "adapter_model.safetensors")), strict=False)
@@ -1460,29 +1460,29 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
 
     raw, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
     if index.exists() and any(Path(str(file)).name != file for file in read_json(index).get("weight_map", {}).values()):
-        raise ValueError(f"{index} names files outside its folder")
+        raise BadInput(f"{index} names files outside its folder")
     try:
         architecture, config, key_mapping = native_architecture(raw, name_or_path)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in architecture(config).parameters())
     except (TypeError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} describes no model: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{folder / 'config.json'} describes no model: {str(error).splitlines()[0]}") from None
     refuse_on_cpu(name_or_path, size, device)
     options = {"key_mapping": key_mapping, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         model, loaded = architecture.from_pretrained(folder, config=config, **options)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: weights missing or damaged ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{folder}: weights missing or damaged ({str(error).splitlines()[0]})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[problem]:
             names = ", ".join(sorted(map(str, loaded[problem]))[:5])
-            raise ValueError(f"{name_or_path}: {problem.replace('_', ' ')}: {names} ({len(loaded[problem])} in all)")
+            raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {names} ({len(loaded[problem])} in all)")
     tokenizer_class = Qwen2Tokenizer if raw["model_type"] == "Dream" else AutoTokenizer  # Dream's own is remote code
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None:
-        raise ValueError(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
+        raise BadInput(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
     model.raw_config = raw
     # An adapter names its base by this: of a run not the folder, whose newest checkpoint will be another one.
     model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
@@ -1490,7 +1490,7 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
 
 
 def native_architecture(raw: dict, name: str):
-    """transformers' (class, config, key_mapping) for a checkpoint's config.json; ValueError for any but ours."""
+    """transformers' (class, config, key_mapping) for a checkpoint's config.json; BadInput for any but ours."""
     kind = raw.get("model_type")
     if kind == "bert":
         return BertForMaskedLM, BertConfig(**raw), None
@@ -1498,12 +1498,12 @@ def native_architecture(raw: dict, name: str):
         ours = {key: value for key, value in raw.items() if key not in ("auto_map", "architectures", "model_type")}
         return Qwen2ForCausalLM, Qwen2Config(**ours | {"is_causal": False, "logits_shift": 1, "use_cache": False}), None
     if kind != "llada":
-        raise ValueError(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
+        raise BadInput(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
     llama = {"block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "alibi": False, "rope": True}
     llama |= dict.fromkeys(("include_bias", "include_qkv_bias", "input_emb_norm", "attention_layer_norm"), False)
     for key, value in llama.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"{name}: config.json has {key} = {raw[key]!r}; as a Llama it would need {value!r}")
+            raise BadInput(f"{name}: config.json has {key} = {raw[key]!r}; as a Llama it would need {value!r}")
     theirs = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -1518,7 +1518,7 @@ def native_architecture(raw: dict, name: str):
     }
     missing = [key for key in theirs.values() if raw.get(key) is None]
     if missing:
-        raise ValueError(f"{name}: config.json lacks {', '.join(missing)}")
+        raise BadInput(f"{name}: config.json lacks {', '.join(missing)}")
     config = LlamaConfig(is_causal=False, use_cache=False, **{ours: raw[key] for ours, key in theirs.items()})
     return LlamaForCausalLM, config, LLADA_WEIGHTS
 
@@ -1545,16 +1545,16 @@ LLADA_WEIGHTS = {  # LLaDA's names -> Llama's, as patterns
 def find_checkpoint(name: str, device: str | torch.device) -> Path:
     """The folder of a checkpoint: the path itself (for a run, its newest checkpoint), or what the hub has by that name.
 
-    Raises ValueError within seconds where it cannot be had, or is too big for where it is to go.
+    Raises BadInput within seconds where it cannot be had, or is too big for where it is to go.
     """
     folder = Path(name)
     if folder.is_dir():
         folder = (checkpoints(folder) or [folder])[-1]
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{name}: no config.json or adapter_config.json in this folder, so it is no checkpoint")
+            raise BadInput(f"{name}: no config.json or adapter_config.json in this folder, so it is no checkpoint")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{name}: no such folder; give 'tiny', a folder, or a hub id like GSAI-ML/LLaDA-8B-Instruct")
+        raise BadInput(f"{name}: no such folder; give 'tiny', a folder, or a hub id like GSAI-ML/LLaDA-8B-Instruct")
     return from_hub(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja"], device)
 
 
@@ -1567,7 +1567,7 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)
     except RepositoryNotFoundError:
-        raise ValueError(f"{name}: there is no such {kind} on the hub") from None
+        raise BadInput(f"{name}: there is no such {kind} on the hub") from None
     except Exception:  # noqa: BLE001, S110 - no network: which exception that is depends on the hub's HTTP client
         pass
     if kind == "model" and info and info.safetensors:
@@ -1578,7 +1578,7 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
         instead = (
             "--model FOLDER of a downloaded checkpoint" if kind == "model" else "--data FOLDER of downloaded files"
         )
-        raise ValueError(
+        raise BadInput(
             f"the {kind} {name} is not in the cache and the hub cannot be reached: give {instead}, point HF_HOME at a "
             "cache that has it, or run plain `python agrpo.py`, which needs nothing"
         ) from None
@@ -1586,7 +1586,7 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
 
 def refuse_on_cpu(name: str, size: int, device: str | torch.device) -> None:
     if torch.device(device).type == "cpu" and size > 2e9:
-        raise ValueError(
+        raise BadInput(
             f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: run it where there is a GPU, give a "
             "small checkpoint by --model, or run plain `python agrpo.py`"
         )
@@ -1625,11 +1625,11 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 
 def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """peft's names in a file -> this model's names. Raises ValueError where the file is for another model."""
+    """peft's names in a file -> this model's names. Raises BadInput where the file is for another model."""
     ours = peft_names(model)
     if ours.keys() != saved.keys():
         odd = ", ".join(sorted(ours.keys() ^ saved.keys())[:5])
-        raise ValueError(f"the adapter's weights are not this model's: {odd}")
+        raise BadInput(f"the adapter's weights are not this model's: {odd}")
     return {ours[name]: tensor for name, tensor in saved.items()}
 
 
@@ -1846,7 +1846,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             refuse(f"--resume {first.resume}: no run there (no settings.json); give the folder that the run printed")
         try:
             original = read_json(saved) | {"resume": first.resume, "output_dir": first.resume}
-        except ValueError as error:
+        except BadInput as error:
             refuse(str(error))
         if original.keys() != {f.name for f in fields(Settings)}:
             refuse(f"{saved} has not the settings of this agrpo.py; go on with the one that began the run")
@@ -1882,7 +1882,7 @@ def is_bert(name: str) -> bool:
     """Whether a folder holds the tiny model, whose defaults then apply."""
     folder = Path(name)
     config = (checkpoints(folder) or [folder])[-1] / "config.json"
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(BadInput):
         return read_json(config).get("model_type") == "bert"
     return False
 
@@ -1892,12 +1892,12 @@ def refuse(sentence: str):
 
 
 def check_settings(args: Settings) -> None:
-    """Raise ValueError, one sentence, on the first setting that cannot work, before anything is loaded or written."""
+    """Raise BadInput, one sentence, on the first setting that cannot work, before anything is loaded or written."""
 
     def demand(bound: str, fits: Callable[[float], bool], names: str):
         for name in names.split():
             if not fits(getattr(args, name)):
-                raise ValueError(f"--{name} must be {bound}, not {getattr(args, name)}")
+                raise BadInput(f"--{name} must be {bound}, not {getattr(args, name)}")
 
     count, natural = ("from 1 to 1,000,000", lambda x: 1 <= x <= 10**6), ("0 or more", lambda x: 0 <= x < 2**63)
     demand(
@@ -1912,13 +1912,13 @@ def check_settings(args: Settings) -> None:
     demand("at least 0 and below 1", lambda x: 0 <= x < 1, "eps_low warmup_ratio adam_beta1 adam_beta2")
     demand("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p uniform_share")
     if args.group_size < 2:
-        raise ValueError(
+        raise BadInput(
             f"--group_size {args.group_size}: an advantage compares completions of one prompt; use 2 or more"
         )
     if args.model == "tiny" and args.task != "sudoku":
-        raise ValueError(f"--model tiny knows only sudoku; for {args.task} give a LLaDA or Dream checkpoint by --model")
+        raise BadInput(f"--model tiny knows only sudoku; for {args.task} give a LLaDA or Dream checkpoint by --model")
     if not args.eval_steps:
-        raise ValueError("--eval_steps needs at least one number of sampling steps")
+        raise BadInput("--eval_steps needs at least one number of sampling steps")
     lengths = (args.completion_length, args.block_length), (args.eval_completion_length, args.eval_block_length)
     for prefix, (completion_length, block_length) in zip(("", "eval_"), lengths):
         for steps in args.eval_steps if prefix else [args.steps]:
@@ -1926,26 +1926,26 @@ def check_settings(args: Settings) -> None:
                 tokens_per_step(completion_length, block_length, steps)
             except ValueError as error:
                 where = f"--{prefix}steps, --{prefix}block_length, --{prefix}completion_length"
-                raise ValueError(f"{where} do not fit together: {error}") from None
+                raise BadInput(f"{where} do not fit together: {error}") from None
     if args.rollout_batch % args.group_size:
-        raise ValueError(f"--rollout_batch {args.rollout_batch} must be a multiple of --group_size {args.group_size}")
+        raise BadInput(f"--rollout_batch {args.rollout_batch} must be a multiple of --group_size {args.group_size}")
     at_once = args.rollout_batch // args.group_size * world_size()
     if args.prompts_per_update % at_once:
-        raise ValueError(
+        raise BadInput(
             f"--prompts_per_update {args.prompts_per_update} must be a multiple of {at_once}: the prompts in "
             f"--rollout_batch {args.rollout_batch} at --group_size {args.group_size}, times {world_size()} process(es)"
         )
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
+        raise BadInput(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
     run = Path(args.output_dir)
     if not args.resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
+        raise BadInput(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
 
 
 def starting_model(task: Task, examples: list, test: list, args: Settings, device: torch.device):
     """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside it.
 
-    Raises ValueError where the longest prompt and a completion do not fit into the model's positions.
+    Raises BadInput where the longest prompt and a completion do not fit into the model's positions.
     """
     torch.manual_seed(args.seed)  # the tiny model begins at random
     half_weights = args.bf16 and device.type == "cuda" and args.lora_rank > 0
@@ -1955,7 +1955,7 @@ def starting_model(task: Task, examples: list, test: list, args: Settings, devic
     longest = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
     completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
     if longest + completion > most:
-        raise ValueError(
+        raise BadInput(
             f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for "
             f"{most}: use a smaller --completion_length and --eval_completion_length, or shorter examples"
         )
@@ -2043,8 +2043,8 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.zeros(1, device=args.device).device
         examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
         if args.model != "tiny" and (find_checkpoint(args.model, device) / "adapter_config.json").is_file():
-            raise ValueError(f"--model {args.model} is a LoRA adapter: merge it first (merge_lora, see the README)")
-    except (ValueError, RuntimeError, AssertionError) as error:
+            raise BadInput(f"--model {args.model} is a LoRA adapter: merge it first (merge_lora, see the README)")
+    except (BadInput, RuntimeError, AssertionError) as error:  # the latter two are torch's, on a device
         refuse(str(error).splitlines()[0])
     wait_for_all_ranks()  # every process has looked before one of them writes
     try:
@@ -2085,7 +2085,7 @@ def main(argv: list[str] | None = None) -> None:
             write_whole(run / "results.json", json.dumps(results, indent=1))
             print_table(results, args)
             print_cost(run)
-    except (ValueError, FloatingPointError) as error:
+    except (BadInput, FloatingPointError) as error:
         refuse(str(error))
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):

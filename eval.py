@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import agrpo
-from agrpo import Settings, Task, option, rank, world_size
+from agrpo import BadInput, Settings, Task, option, rank, world_size
 
 # ======================================================================================================================
 # 1. Decoding and counting
@@ -118,13 +118,13 @@ def summary(runs: list[list[dict]], options: "Options") -> dict:
 
 
 def load(checkpoint: str, options: "Options", task: Task, examples: list[dict], device: torch.device):
-    """`agrpo.load_model`; raises ValueError, too, where the model has too few positions for the longest example."""
+    """`agrpo.load_model`; raises BadInput, too, where the model has too few positions for the longest example."""
     dtype = torch.bfloat16 if options.bf16 and device.type == "cuda" else torch.float32
     model, tokenizer, mask_id = agrpo.load_model(checkpoint, device, dtype)
     prompts = tokenizer([task.prompt(example, tokenizer) for example in examples], add_special_tokens=False).input_ids
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
     if longest + options.completion_length > limit:
-        raise ValueError(f"{checkpoint} has {limit} positions, too few for a prompt of {longest} and its completion")
+        raise BadInput(f"{checkpoint} has {limit} positions, too few for a prompt of {longest} and its completion")
     return model, tokenizer, mask_id
 
 
@@ -309,41 +309,41 @@ def parse_options(argv: list[str] | None = None) -> Options:
 
 
 def check_options(options: Options) -> None:
-    """Raise ValueError with one sentence on the first option that cannot work, before anything is loaded or written."""
+    """Raise BadInput with one sentence on the first option that cannot work, before anything is loaded or written."""
     zero, one = ("examples", "show", "top_k", "temperature"), ("samples", "batch", "completion_length", "block_length")
     for name in zero + one:
         if not (name in one) <= getattr(options, name) < math.inf:
-            raise ValueError(f"--{name} must be {int(name in one)} or more, not {getattr(options, name)}")
+            raise BadInput(f"--{name} must be {int(name in one)} or more, not {getattr(options, name)}")
     if not 0 < options.top_p <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, not {options.top_p}")
+        raise BadInput(f"--top_p must be above 0 and at most 1, not {options.top_p}")
     for name in ("steps", "seeds"):
         value, times = Counter(getattr(options, name)).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"--{name} has {value} twice")
+            raise BadInput(f"--{name} has {value} twice")
     for steps in options.steps:
         try:
             agrpo.tokens_per_step(options.completion_length, options.block_length, steps)
         except ValueError as error:
             where = "--steps, --block_length, --completion_length"
-            raise ValueError(f"{where} do not fit together: {error}") from None
+            raise BadInput(f"{where} do not fit together: {error}") from None
     repeated = {"samples": options.samples > 1, "seeds": len(options.seeds) > 1}
     if any(repeated.values()) and options.temperature == 0 and options.unmasking == "low_confidence":
         name = max(repeated, key=repeated.get)
-        raise ValueError(f"--{name}: at temperature 0 every completion would be the same; give a --temperature")
+        raise BadInput(f"--{name}: at temperature 0 every completion would be the same; give a --temperature")
     for checkpoint in filter(None, (options.checkpoint, options.base)):
         if checkpoint == "tiny":
-            raise ValueError("tiny has no weights yet: give the folder of a run, or a pretrained-* one beside it")
+            raise BadInput("tiny has no weights yet: give the folder of a run, or a pretrained-* one beside it")
         if agrpo.is_bert(checkpoint) and options.task != "sudoku":
-            raise ValueError(f"{checkpoint} knows only sudoku, not {options.task}: give a LLaDA or Dream checkpoint")
+            raise BadInput(f"{checkpoint} knows only sudoku, not {options.task}: give a LLaDA or Dream checkpoint")
     for name, file in ("save", options.save), ("output", options.output), ("plot", options.plot):
         if file and Path(file).exists():
-            raise ValueError(f"--{name} {file} is there already and is not overwritten: choose another name")
+            raise BadInput(f"--{name} {file} is there already and is not overwritten: choose another name")
         if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {file}: there is no such folder")
+            raise BadInput(f"--{name} {file}: there is no such folder")
     if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot {options.plot}: give a name that ends in .png, .pdf or .svg")
+        raise BadInput(f"--plot {options.plot}: give a name that ends in .png, .pdf or .svg")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs the package matplotlib: pip install matplotlib")
+        raise BadInput("--plot needs the package matplotlib: pip install matplotlib")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
         examples = task.examples("test", Settings(task=options.task, data=options.data))[: options.examples or None]
         for checkpoint in models.values():
             agrpo.find_checkpoint(checkpoint, device)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (BadInput, RuntimeError, AssertionError) as error:
         refuse(str(error).splitlines()[0].replace("--model FOLDER", "the FOLDER"))
     agrpo.any_rank(False)  # every process has looked before one of them writes
 
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in reversed(models):  # the trained one first: --show should not have to wait for the other
         try:
             loaded = load(models[name], options, task, examples, device)
-        except ValueError as error:
+        except BadInput as error:
             refuse(str(error))
         results[name] = measure(name, *loaded, task, examples, options)
         del loaded  # before the next one is loaded: there may not be room for two
