@@ -71,7 +71,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -970,18 +970,26 @@ class BadInput(ValueError):
     """What was given cannot work: the message says why and what to do, and is all that the scripts print."""
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def refused_as(what: str):
+    """Whatever a library raises over a file that is damaged or made up becomes one sentence that begins with `what`."""
     try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001 - which exception it is depends on the library and on the damage
+        first_line = (str(error).splitlines() or [""])[0]
+        raise BadInput(f"{what} ({type(error).__name__}: {first_line:.300})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    with refused_as(f"{path} is missing or damaged; remove its folder to go back one checkpoint"):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} is missing or damaged ({error}); remove its folder to go back one checkpoint") from None
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with refused_as(f"{path} is not readable as a JSON object"):
         return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is not readable as a JSON object: {error}") from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1461,28 +1469,30 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     raw, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
     if index.exists() and any(Path(str(file)).name != file for file in read_json(index).get("weight_map", {}).values()):
         raise BadInput(f"{index} names files outside its folder")
-    try:
+    with refused_as(f"{folder / 'config.json'} describes no model"):
         architecture, config, key_mapping = native_architecture(raw, name_or_path)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in architecture(config).parameters())
-    except (TypeError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
-        raise BadInput(f"{folder / 'config.json'} describes no model: {str(error).splitlines()[0]}") from None
     refuse_on_cpu(name_or_path, size, device)
     options = {"key_mapping": key_mapping, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
+    with refused_as(f"{folder}: weights missing or damaged"):
         model, loaded = architecture.from_pretrained(folder, config=config, **options)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{folder}: weights missing or damaged ({str(error).splitlines()[0]})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[problem]:
             names = ", ".join(sorted(map(str, loaded[problem]))[:5])
             raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {names} ({len(loaded[problem])} in all)")
     tokenizer_class = Qwen2Tokenizer if raw["model_type"] == "Dream" else AutoTokenizer  # Dream's own is remote code
-    tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    with refused_as(f"{folder}: tokenizer missing or damaged"):
+        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer(["a"], padding=True)
+        largest = max(tokenizer.get_vocab().values())
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
-    if mask_id is None:
-        raise BadInput(f"{name_or_path}: neither config.json nor the tokenizer names a mask token")
+    if type(mask_id) is not int or not 0 <= mask_id < config.vocab_size or largest >= config.vocab_size:
+        raise BadInput(
+            f"{folder}: the model's tokens are 0 to {config.vocab_size - 1}, but the tokenizer has {largest}, and "
+            f"mask_token_id is {mask_id!r:.50}"
+        )
     model.raw_config = raw
     # An adapter names its base by this: of a run not the folder, whose newest checkpoint will be another one.
     model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path

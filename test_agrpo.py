@@ -1736,7 +1736,14 @@ def test_a_checkpoint_that_is_not_what_it_should_be_is_refused_by_name(change, t
         ("config.json", '{"model_type": "bert", "num_attention_heads": 0}', "describes no model"),
         ("config.json", '{"model_type": "gpt2"}', "'gpt2' model"),
         ("model.safetensors.index.json", '{"weight_map": {"x": "../../secret.safetensors"}}', "outside its folder"),
+        ("config.json", {"n_heads": "4"}, "describes no model"),
+        ("config.json", {"mask_token_id": 128}, "mask_token_id is 128"),
+        ("config.json", {"mask_token_id": "x"}, "mask_token_id is 'x'"),
         ("model.safetensors", "__import__('os').system('true')", "missing or damaged"),
+        ("tokenizer.json", "", "tokenizer missing or damaged"),
+        ("tokenizer.json", '{"version": "1.0"}', "tokenizer missing or damaged"),
+        ("tokenizer_config.json", "[" * 10**5, "tokenizer missing or damaged"),
+        ("tokenizer_config.json", "{}", "tokenizer missing or damaged"),
         ("adapter_config.json", '{"r": 4}', "does not give base_model_name_or_path"),
         ("adapter_config.json", '{"base_model_name_or_path": "X", "r": 4, "lora_alpha": 4}', "is an adapter itself"),
         ("adapter_config.json", '{"base_model_name_or_path": "X", "r": -4, "lora_alpha": 4}', "does not give"),
@@ -1746,6 +1753,8 @@ def test_a_checkpoint_that_is_not_what_it_should_be_is_refused_by_name(change, t
 def test_a_checkpoint_that_was_tampered_with_is_only_refused(file, content, said, tmp_path):
     """Nothing in it is run, nothing outside its folder is read, nothing goes round in circles."""
     llada_checkpoint(tmp_path / "llada")
+    if isinstance(content, dict):  # what to change
+        content = json.dumps(json.loads((tmp_path / "llada" / file).read_text()) | content)
     (tmp_path / "llada" / file).write_text(content.replace("X", str(tmp_path / "llada")))
     with pytest.raises(ValueError, match=re.escape(said)):
         agrpo.load_model(str(tmp_path / "llada"))
