@@ -1577,14 +1577,18 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)
     except RepositoryNotFoundError:
-        raise BadInput(f"{name}: there is no such {kind} on the hub") from None
+        raise BadInput(
+            f"{name}: the hub has no such {kind}, or keeps it for those who log in (hf auth login)"
+        ) from None
     except Exception:  # noqa: BLE001, S110 - no network: which exception that is depends on the hub's HTTP client
         pass
     if kind == "model" and info and info.safetensors:
         refuse_on_cpu(name, info.safetensors.total, device)
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=info is None))
-    except OSError:
+    except OSError as error:
+        if info:
+            raise BadInput(f"{name}: not downloaded: {str(error).splitlines()[0]}") from None
         instead = (
             "--model FOLDER of a downloaded checkpoint" if kind == "model" else "--data FOLDER of downloaded files"
         )
@@ -1948,7 +1952,8 @@ def check_settings(args: Settings) -> None:
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise BadInput(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
     run = Path(args.output_dir)
-    if not args.resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+    begun = run.exists() and (not run.is_dir() or any(path.name != "settings.part" for path in run.iterdir()))
+    if begun and not args.resume:
         raise BadInput(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
 
 

@@ -1172,7 +1172,9 @@ def test_a_run_pretrains_trains_measures_and_saves(short_run):
 
 
 def test_the_same_seed_gives_the_same_run(short_run, tmp_path):
-    """Same seed, same figures; another seed, others."""
+    """Same seed, same figures, even in the folder of a run that was killed at its first file; another seed, others."""
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "settings.part").write_text("{")
     agrpo.main([*SHORT, "--output_dir", str(tmp_path / "again")])
     assert figures(tmp_path / "again") == figures(short_run)
     agrpo.main([*SHORT, "--seed", "1", "--max_steps", "1", "--output_dir", str(tmp_path / "other")])
@@ -1847,6 +1849,10 @@ def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypat
     with pytest.raises(SystemExit, match=r"hub cannot be reached.*--data FOLDER.*HF_HOME.*python agrpo.py"):
         agrpo.main(["--task", "gsm8k", "--device", "cpu"])
     with pytest.raises(SystemExit, match=r"hub cannot be reached.*--model FOLDER"):
+        agrpo.main(["--task", "countdown", "--device", "cpu"])
+    monkeypatch.setattr(agrpo.HfApi, "repo_info", lambda *_, **__: mock.Mock(safetensors=None))
+    monkeypatch.setattr(agrpo, "snapshot_download", mock.Mock(side_effect=OSError("403: access is restricted")))
+    with pytest.raises(SystemExit, match=r"GSAI-ML/LLaDA-8B-Instruct: not downloaded: 403: access is restricted"):
         agrpo.main(["--task", "countdown", "--device", "cpu"])
     with pytest.raises(ValueError, match="too many for a CPU"):
         agrpo.refuse_on_cpu("GSAI-ML/LLaDA-8B-Instruct", 8_000_000_000, "cpu")
