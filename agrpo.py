@@ -1457,8 +1457,11 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(folder / "adapter_config.json")
         base, r, alpha = (adapter.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
-        if not isinstance(base, str) or type(r) is not int or type(alpha) not in (int, float) or not 0 < r <= 4096:
+        numbers = type(r) is int and 0 < r <= 4096 and type(alpha) in (int, float) and math.isfinite(alpha)
+        if not isinstance(base, str) or not numbers:
             raise BadInput(f"{folder}: adapter_config.json does not give base_model_name_or_path, r and lora_alpha")
+        if adapter.get("peft_type") != "LORA" or any(adapter.get(name) for name in NOT_PLAIN_LORA):
+            raise BadInput(f"{folder}: not plain LoRA: without {', '.join(NOT_PLAIN_LORA)} it could be read")
         if (Path(base) / "adapter_config.json").exists():
             raise BadInput(f"{folder}: the base model that adapter_config.json names, {base}, is an adapter itself")
         model, tokenizer, mask_id = load_model(base, device, dtype)
@@ -1625,6 +1628,9 @@ class LoRALinear(torch.nn.Module):
         return self.base_layer(x) + self.alpha / self.r * torch.nn.functional.linear(low, self.lora_B.to(x.dtype))
 
 
+NOT_PLAIN_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # what peft can save besides
+
+
 def add_lora(model, r: int, alpha: float) -> None:
     """Freeze a model and put LoRA on each of its linear layers, the output head left out."""
     model.requires_grad_(False)
@@ -1641,9 +1647,12 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
     """peft's names in a file -> this model's names. Raises BadInput where the file is for another model."""
     ours = peft_names(model)
-    if ours.keys() != saved.keys():
-        odd = ", ".join(sorted(ours.keys() ^ saved.keys())[:5])
-        raise BadInput(f"the adapter's weights are not this model's: {odd}")
+    wanted = {peft: tuple(model.get_parameter(name).shape) for peft, name in ours.items()}
+    odd = sorted(wanted.items() ^ {(name, tuple(tensor.shape)) for name, tensor in saved.items()})
+    if odd:
+        raise BadInput(
+            f"the adapter's weights are not this model's: {', '.join(f'{n} {shape}' for n, shape in odd[:4])}"
+        )
     return {ours[name]: tensor for name, tensor in saved.items()}
 
 

@@ -1747,9 +1747,17 @@ def test_a_checkpoint_that_is_not_what_it_should_be_is_refused_by_name(change, t
         ("tokenizer_config.json", "[" * 10**5, "tokenizer missing or damaged"),
         ("tokenizer_config.json", "{}", "tokenizer missing or damaged"),
         ("adapter_config.json", '{"r": 4}', "does not give base_model_name_or_path"),
-        ("adapter_config.json", '{"base_model_name_or_path": "X", "r": 4, "lora_alpha": 4}', "is an adapter itself"),
+        (
+            "adapter_config.json",
+            '{"base_model_name_or_path": "X", "r": 4, "lora_alpha": 4, "peft_type": "LORA"}',
+            "is an adapter itself",
+        ),
         ("adapter_config.json", '{"base_model_name_or_path": "X", "r": -4, "lora_alpha": 4}', "does not give"),
-        ("adapter_config.json", '{"base_model_name_or_path": "Y", "r": 4, "lora_alpha": 4}', "no such folder"),
+        (
+            "adapter_config.json",
+            '{"base_model_name_or_path": "Y", "r": 4, "lora_alpha": 4, "peft_type": "LORA"}',
+            "no such folder",
+        ),
     ],
 )
 def test_a_checkpoint_that_was_tampered_with_is_only_refused(file, content, said, tmp_path):
@@ -1801,6 +1809,11 @@ def test_lora_starts_as_the_model_itself_and_is_saved_loaded_and_merged(tmp_path
     torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
     with pytest.raises(SystemExit, match=r"adapter is a LoRA adapter: merge it first"):  # not: LoRA on top of LoRA
         agrpo.main(["--task", "countdown", "--model", str(tmp_path / "adapter"), "--device", "cpu"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for change, said in ({"r": 8}, r"not this model's: .*lora_A.*\(4, "), ({"use_rslora": True}, "not plain LoRA"):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=said):
+            agrpo.load_model(str(tmp_path / "adapter"))
 
 
 LLADA_RUN = (
