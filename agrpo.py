@@ -613,7 +613,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
     for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an
     update), completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False.
     Under torchrun each process rolls out its share of the prompts, and gradients are averaged.
-    Raises FloatingPointError where one update after another has no finite gradient.
+    Raises FloatingPointError where one update after another has no finite log-probabilities or gradient.
     """
     run, chat = Path(args.output_dir), tokenizer.chat_template is not None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -631,6 +631,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
 
         # Rollouts: group_size completions of each prompt, side by side.
         batch, texts, rollout = roll_out(model, tokenizer, mask_id, task, examples, update, args)
+        sane = not any_rank(not rollout.logp.isfinite().all())  # a broken model's rewards are equal, its gradient 0
         seconds_rollout, rollout_forward_passes = lap(), forward_passes()
 
         # Rewards and advantages.
@@ -654,7 +655,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
         # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
         objective = {name: getattr(args, name) for name in ("k", "length_norm", "eps_low", "eps_high", "beta")}
         one_step_passes = forward_passes()
-        passes = Counter(passes=one_step_passes)
+        passes, skipped_of_these = Counter(passes=one_step_passes), 0
         for again, view in enumerate(views):
             optimizer.zero_grad()
             rng = seeded_generator("cpu", args.seed, "timesteps", update, again, rank())
@@ -664,9 +665,12 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             passes.update({name: value for name, value in figures.items() if "passes" in name})
             average_gradients(model)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
-            if math.isfinite(grad_norm):  # one bad batch must not spoil the weights
+            if sane and math.isfinite(grad_norm):  # one bad batch must not spoil the weights
                 optimizer.step()
-        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+                skipped = 0
+            else:
+                skipped += 1
+                skipped_of_these += 1
         seconds_update, update_forward_passes = lap(), one_step_passes + forward_passes()
 
         groups, tokens = rewards.view(-1, args.group_size), float((rollout.step >= 0).sum())
@@ -684,6 +688,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             "rollout_passes_saved_ended": int((args.steps - rollout.num_steps).sum()),
             "rollout_forward_passes": rollout_forward_passes,
             "grad_norm": grad_norm,
+            "skipped": skipped_of_these,
             "skipped_in_a_row": skipped,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "seconds_rollout": seconds_rollout,
@@ -700,16 +705,18 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args
             )
         report({"update": update + 1} | metrics)
         shown = "reward {reward:.2f} accuracy {accuracy:.2f} clipfrac {clipfrac:.3f} |grad| {grad_norm:.2f}"
-        progress.set_postfix_str(shown.format(**metrics) + f" SKIPPED {skipped}" * (skipped > 0))
+        with contextlib.suppress(BrokenPipeError):
+            progress.set_postfix_str(shown.format(**metrics) + f" SKIPPED {skipped}" * (skipped > 0))
         if args.show_every and (update + 1) % args.show_every == 0 and rank() == 0:
             n = random.Random(f"{args.seed} show {update}").randrange(len(batch))
-            progress.write(f"\nupdate {update + 1}, reward {rewards[n]:g}\n{task.show(batch[n], texts[n], chat)}\n")
             shown = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
             append_line(run / "completions.jsonl", shown | {"reward": float(rewards[n])})
+            with contextlib.suppress(BrokenPipeError):
+                progress.write(f"\nupdate {update + 1}, reward {rewards[n]:g}\n{task.show(batch[n], texts[n], chat)}\n")
 
         if skipped >= 5:
             raise FloatingPointError(
-                f"{skipped} updates in a row, up to update {update + 1}, had no finite gradient and were skipped; "
+                f"{skipped} updates in a row, up to update {update + 1}, had no finite log-probabilities or gradient and were skipped; "
                 f"{last_checkpoint(run)}. Most likely --learning_rate {args.learning_rate:g} is too high, or --beta or "
                 "--updates_per_rollout lets the ratio overflow: start again with less"
             )
@@ -910,7 +917,8 @@ def stop_after_this_update() -> list:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        tqdm.write("Stopping: finishing this update and saving. (Once more to stop at once.)")
+        with contextlib.suppress(BrokenPipeError):  # `| tee` has ended by the same Ctrl-C
+            tqdm.write("Stopping: finishing this update and saving. (Once more to stop at once.)")
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
@@ -951,15 +959,21 @@ def restore_training_state(run: Path, optimizer) -> int:
     done, saved = 0, checkpoints(run)
     if saved:
         done, state = int(saved[-1].name.split("-")[1]), {}
-        for key, tensor in read_tensors(saved[-1] / "optimizer.safetensors").items():
+        file, parameters = saved[-1] / "optimizer.safetensors", optimizer.param_groups[0]["params"]
+        tensors = read_tensors(file)
+        shapes = {f"{i}.{name}": p.shape for i, p in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")}
+        shapes |= {f"{i}.step": torch.Size([]) for i in range(len(parameters))}
+        if len(tensors) % 3 or any(shapes.get(key) != tensor.shape for key, tensor in tensors.items()):
+            raise BadInput(f"{file} is not of this model; remove its folder to go back one checkpoint")
+        for key, tensor in tensors.items():
             i, name = key.split(".")
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for log in (run / "metrics.jsonl", run / "completions.jsonl"):
         if log.exists() and rank() == 0:
             kept = []
-            for line in log.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            for line in log.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run may leave half a line
                     if json.loads(line)["update"] <= done:
                         kept.append(line + "\n")
             write_whole(log, "".join(kept))
@@ -1050,7 +1064,8 @@ class Task:
         if tokenizer.chat_template is None:
             return (self.plain or self.question)(example)
         messages = [{"role": "user", "content": self.question(example)}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        with refused_as("the tokenizer's chat template does not work"):
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def answer(self, completion: str, chat: bool) -> str | None:
         """What the completion gives as its answer: all of it, or what is inside its <answer> tags; None unless there is
@@ -1155,7 +1170,10 @@ def read_table(file: Path) -> list[dict]:
             raise ValueError(str(error)) from None
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".csv":  # all as text: read as numbers, a Sudoku would lose its leading zeros
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
+            raise ValueError(f"a column stands twice in {', '.join(table.fieldnames)}")
+        return list(table)
     if file.suffix == ".json":
         rows = json.loads(text)
         return rows if isinstance(rows, list) else [rows]
@@ -1343,15 +1361,17 @@ def boxed(text: str) -> str | None:
 
 
 NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
+MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]")  # hyphens, en dash, minus signs
 AROUND = re.compile(r"[\\$]+(?![0-9.\\$])|(?<![0-9.,\\$])[\\$]+")  # $ and \ before or after a number, never inside
 
 
 def single_number(text: str) -> Fraction | None:
     """The number in a text that holds exactly one, negative if a minus stands before it with no letter between; None
-    for none, several, numeric signs other than 0 to 9, or a text of over 100 characters."""
+    for none, several, numeric signs other than 0 to 9, or a text of over 100 characters. Words are not read: 72 thousand
+    is 72."""
     if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
-    text = AROUND.sub("", text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-"))  # minus sign, en dash
+    text = AROUND.sub("", MINUS.sub("-", text.replace("{,}", ",")))
     found = list(NUMBER.finditer(text))
     if len(found) != 1:
         return None
@@ -1457,12 +1477,12 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(folder / "adapter_config.json")
         base, r, alpha = (adapter.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
-        numbers = type(r) is int and 0 < r <= 4096 and type(alpha) in (int, float) and math.isfinite(alpha)
+        numbers = type(r) is int and 0 < r <= 4096 and type(alpha) in (int, float) and 0 < alpha <= 1e6
         if not isinstance(base, str) or not numbers:
             raise BadInput(f"{folder}: adapter_config.json does not give base_model_name_or_path, r and lora_alpha")
         if adapter.get("peft_type") != "LORA" or any(adapter.get(name) for name in NOT_PLAIN_LORA):
             raise BadInput(f"{folder}: not plain LoRA: without {', '.join(NOT_PLAIN_LORA)} it could be read")
-        if (Path(base) / "adapter_config.json").exists():
+        if (find_checkpoint(base, device) / "adapter_config.json").exists():
             raise BadInput(f"{folder}: the base model that adapter_config.json names, {base}, is an adapter itself")
         model, tokenizer, mask_id = load_model(base, device, dtype)
         add_lora(model, r, alpha)
@@ -1470,10 +1490,17 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
         return model, tokenizer, mask_id
 
     raw, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
-    if index.exists() and any(Path(str(file)).name != file for file in read_json(index).get("weight_map", {}).values()):
-        raise BadInput(f"{index} names files outside its folder")
+    with refused_as(f"{index} is damaged"):
+        shards = set(read_json(index)["weight_map"].values()) if index.exists() else ()
+        if any(Path(file).name != file or Path(file).suffix != ".safetensors" for file in shards):
+            raise BadInput(f"{index} names files that are not .safetensors in its folder")
+    elsewhere = [name for name in OTHER_FILES if isinstance(tokenizer_settings(folder).get(name), (str, list))]
+    if elsewhere:
+        raise BadInput(f"{folder / 'tokenizer_config.json'} names files to read instead of its own: {elsewhere[0]}")
     with refused_as(f"{folder / 'config.json'} describes no model"):
         architecture, config, key_mapping = native_architecture(raw, name_or_path)
+        if not 0 < config.num_hidden_layers <= 1000:
+            raise BadInput(f"{name_or_path}: config.json has {config.num_hidden_layers} layers")
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in architecture(config).parameters())
     refuse_on_cpu(name_or_path, size, device)
@@ -1487,6 +1514,8 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     tokenizer_class = Qwen2Tokenizer if raw["model_type"] == "Dream" else AutoTokenizer  # Dream's own is remote code
     with refused_as(f"{folder}: tokenizer missing or damaged"):
         tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.eos_token is None:
+            raise BadInput(f"{folder}: the tokenizer names no eos_token, with which a completion ends")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer(["a"], padding=True)
         largest = max(tokenizer.get_vocab().values())
@@ -1502,13 +1531,23 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     return model.to(device).eval(), tokenizer, mask_id
 
 
+OTHER_FILES = ("fast_tokenizer_files", "vocab", "merges")
+
+
+def tokenizer_settings(folder: Path) -> dict:
+    file = folder / "tokenizer_config.json"
+    with refused_as(f"{folder}: tokenizer missing or damaged"):
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def native_architecture(raw: dict, name: str):
     """transformers' (class, config, key_mapping) for a checkpoint's config.json; BadInput for any but ours."""
     kind = raw.get("model_type")
+    # Only what describes the architecture: other keys could choose code to fetch, or what a forward pass returns.
     if kind == "bert":
-        return BertForMaskedLM, BertConfig(**raw), None
+        return BertForMaskedLM, BertConfig(**{key: raw[key] for key in BertConfig.__annotations__ if key in raw}), None
     if kind == "Dream":
-        ours = {key: value for key, value in raw.items() if key not in ("auto_map", "architectures", "model_type")}
+        ours = {key: raw[key] for key in (*Qwen2Config.__annotations__, "rope_theta", "rope_scaling") if key in raw}
         return Qwen2ForCausalLM, Qwen2Config(**ours | {"is_causal": False, "logits_shift": 1, "use_cache": False}), None
     if kind != "llada":
         raise BadInput(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
@@ -1862,30 +1901,34 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     parser.error = refuse
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     first, _ = parser.parse_known_args(words)
-    original = {}
-    if first.resume:
+    original = []
+    if first.resume is not None:
         saved = Path(first.resume) / "settings.json"
         if not saved.is_file():
             refuse(f"--resume {first.resume}: no run there (no settings.json); give the folder that the run printed")
-        try:
-            original = read_json(saved) | {"resume": first.resume, "output_dir": first.resume}
-        except BadInput as error:
-            refuse(str(error))
-        if original.keys() != {f.name for f in fields(Settings)}:
+        settings = read_json(saved) | {"resume": first.resume, "output_dir": first.resume}
+        if settings.keys() != {f.name for f in fields(Settings)}:
             refuse(f"{saved} has not the settings of this agrpo.py; go on with the one that began the run")
-        parser.set_defaults(**original)
+        for name, value in settings.items():  # read like a command line, so checked like one
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            original += [f"--{name}", *map(str, values)] if len(values) > 1 else [f"--{name}={v}" for v in values]
     else:
         if first.task != "sudoku":
             parser.set_defaults(model="GSAI-ML/LLaDA-8B-Instruct")
             first, _ = parser.parse_known_args(words)
         if first.model != "tiny" and not is_bert(first.model):
             parser.set_defaults(**RELEASE)
-    args, *unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    given = sys.argv[1:] if argv is None else argv
+    args, *unknown = parser.parse_args_into_dataclasses(
+        [*original, *given], return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown[-1]:
         refuse(f"there is no option {unknown[-1][0]}; --help lists them all")
-    for name, value in original.items():
-        if getattr(args, name) != value and name not in CHANGEABLE:
-            refuse(f"--{name} is {value} in the run that --resume goes on with, and stays so; leave it out")
+    if original:
+        (began,) = parser.parse_args_into_dataclasses(original, look_for_args_file=False)
+        for name, value in asdict(began).items():
+            if getattr(args, name) != value and name not in CHANGEABLE:
+                refuse(f"--{name} is {value} in the run that --resume goes on with, and stays so; leave it out")
     return args
 
 
@@ -1905,7 +1948,7 @@ def is_bert(name: str) -> bool:
     """Whether a folder holds the tiny model, whose defaults then apply."""
     folder = Path(name)
     config = (checkpoints(folder) or [folder])[-1] / "config.json"
-    with contextlib.suppress(BadInput):
+    with contextlib.suppress(BadInput, OSError):
         return read_json(config).get("model_type") == "bert"
     return False
 
@@ -1928,10 +1971,11 @@ def check_settings(args: Settings) -> None:
     )
     demand(*count, "rollout_batch save_every keep_checkpoints pretrain_batch eval_completion_length eval_block_length")
     demand(*count, "eval_batch")
-    demand(*natural, "top_k seed lora_rank eval_every eval_examples show_every pretrain_steps")
-    demand("0 or more", lambda x: 0 <= x < math.inf, "weight_decay beta eps_high pretrain_until")
+    demand(*natural, "top_k seed eval_every eval_examples show_every pretrain_steps")
+    demand("from 0 to 1,000,000", lambda x: 0 <= x <= 1e6, "weight_decay beta eps_high pretrain_until")
     positive = "temperature learning_rate max_grad_norm lora_alpha pretrain_learning_rate"
-    demand("above 0", lambda x: 0 < x < math.inf, positive)
+    demand("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, positive)
+    demand("from 0 to 4096", lambda x: 0 <= x <= 4096, "lora_rank")
     demand("at least 0 and below 1", lambda x: 0 <= x < 1, "eps_low warmup_ratio adam_beta1 adam_beta2")
     demand("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p uniform_share")
     if args.group_size < 2:
@@ -2050,7 +2094,12 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     transformers.logging.set_verbosity_error()  # what goes wrong in loading is refused below, in a sentence
     transformers.logging.disable_progress_bar()
-    args = parse_settings(argv)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    try:
+        args = parse_settings(argv)
+    except (BadInput, OSError) as error:
+        refuse(str(error))
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "RANK" in os.environ:
@@ -2068,7 +2117,7 @@ def main(argv: list[str] | None = None) -> None:
         examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
         if args.model != "tiny" and (find_checkpoint(args.model, device) / "adapter_config.json").is_file():
             raise BadInput(f"--model {args.model} is a LoRA adapter: merge it first (merge_lora, see the README)")
-    except (BadInput, RuntimeError, AssertionError) as error:  # the latter two are torch's, on a device
+    except (BadInput, OSError, RuntimeError, AssertionError) as error:  # the latter two are torch's, on a device
         refuse(str(error).splitlines()[0])
     wait_for_all_ranks()  # every process has looked before one of them writes
     try:
@@ -2080,10 +2129,17 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0:
             print(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
         base = run / "base.json"  # a resumed run need not measure it again
+        digest = hashlib.sha256(json.dumps([examples, test]).encode()).hexdigest()
         if base.exists():
             results = read_json(base)
+            if results.get("data") != digest:
+                raise BadInput(f"the data are not those that {run} began with: put them back, or start a new run")
         else:
-            results = {"examples": len(test), "base": measure(model, tokenizer, mask_id, task, test, args)}
+            results = {
+                "examples": len(test),
+                "data": digest,
+                "base": measure(model, tokenizer, mask_id, task, test, args),
+            }
             if rank() == 0:
                 write_whole(base, json.dumps(results))
         if rank() == 0:

@@ -312,8 +312,8 @@ def check_options(options: Options) -> None:
     """Raise BadInput with one sentence on the first option that cannot work, before anything is loaded or written."""
     zero, one = ("examples", "show", "top_k", "temperature"), ("samples", "batch", "completion_length", "block_length")
     for name in zero + one:
-        if not (name in one) <= getattr(options, name) < math.inf:
-            raise BadInput(f"--{name} must be {int(name in one)} or more, not {getattr(options, name)}")
+        if not (name in one) <= getattr(options, name) <= 10**6:
+            raise BadInput(f"--{name} must be from {int(name in one)} to 1,000,000, not {getattr(options, name)}")
     if not 0 < options.top_p <= 1:
         raise BadInput(f"--top_p must be above 0 and at most 1, not {options.top_p}")
     for name in ("steps", "seeds"):
@@ -335,11 +335,16 @@ def check_options(options: Options) -> None:
             raise BadInput("tiny has no weights yet: give the folder of a run, or a pretrained-* one beside it")
         if agrpo.is_bert(checkpoint) and options.task != "sudoku":
             raise BadInput(f"{checkpoint} knows only sudoku, not {options.task}: give a LLaDA or Dream checkpoint")
+    files = [Path(file).absolute() for file in (options.save, options.output, options.plot) if file]
+    if len(set(files)) < len(files):
+        raise BadInput("--save, --output and --plot must be different files")
     for name, file in ("save", options.save), ("output", options.output), ("plot", options.plot):
         if file and Path(file).exists():
             raise BadInput(f"--{name} {file} is there already and is not overwritten: choose another name")
         if file and not Path(file).absolute().parent.is_dir():
             raise BadInput(f"--{name} {file}: there is no such folder")
+        if file and not os.access(Path(file).absolute().parent, os.W_OK):
+            raise BadInput(f"--{name} {file}: this folder cannot be written to")
     if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot {options.plot}: give a name that ends in .png, .pdf or .svg")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -349,7 +354,8 @@ def check_options(options: Options) -> None:
 def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()  # what goes wrong in loading is refused below, in a sentence
     transformers.logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ░ and █ shows ? for them
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ░ and █ shows ? for them
     options = parse_options(argv)
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -365,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
         examples = task.examples("test", Settings(task=options.task, data=options.data))[: options.examples or None]
         for checkpoint in models.values():
             agrpo.find_checkpoint(checkpoint, device)
-    except (BadInput, RuntimeError, AssertionError) as error:
+    except (BadInput, OSError, RuntimeError, AssertionError) as error:
         refuse(str(error).splitlines()[0].replace("--model FOLDER", "the FOLDER"))
     agrpo.any_rank(False)  # every process has looked before one of them writes
 
@@ -383,13 +389,13 @@ def main(argv: list[str] | None = None) -> None:
         del loaded  # before the next one is loaded: there may not be room for two
     if rank() > 0:
         return
+    print_table(results, options)
+    print_bars(results)
     if options.output:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"transformers": transformers.__version__, "processes": world_size()}
         found = {"arguments": asdict(options), "versions": versions, "examples": len(examples), "results": results}
         Path(options.output).write_text(json.dumps(found, indent=1))
-    print_table(results, options)
-    print_bars(results)
     if options.plot:
         plot(results, title, options.plot)
 
