@@ -1537,7 +1537,7 @@ OTHER_FILES = ("fast_tokenizer_files", "vocab", "merges")
 def tokenizer_settings(folder: Path) -> dict:
     file = folder / "tokenizer_config.json"
     with refused_as(f"{folder}: tokenizer missing or damaged"):
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return {**json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
 
 
 def native_architecture(raw: dict, name: str):

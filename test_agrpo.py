@@ -18,6 +18,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -1272,6 +1273,56 @@ def test_updates_without_a_finite_gradient_are_skipped_and_then_stop_the_run(tmp
     assert all(p.isfinite().all() for p in agrpo.load_model(str(run))[0].parameters())
 
 
+def test_a_model_that_gives_nan_stops_the_run_and_keeps_its_checkpoint(tmp_path, monkeypatch, short_run):
+    """All its rewards are equal, so its gradient is 0 and finite: that is no update that went well."""
+    roll_out, save = agrpo.roll_out, ["--max_steps", "20", "--save_every", "1", "--output_dir", str(tmp_path / "run")]
+
+    def breaking(model, tokenizer, mask_id, task, examples, update, args):
+        if update == 3:
+            next(model.parameters()).data.fill_(math.nan)
+        return roll_out(model, tokenizer, mask_id, task, examples, update, args)
+
+    monkeypatch.setattr(agrpo, "roll_out", breaking)
+    with pytest.raises(SystemExit, match=r"5 updates in a row.*no finite log-probabilities.*last whole checkpoint"):
+        agrpo.main([*SHORT, *save])
+    assert [line["skipped_in_a_row"] for line in figures(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4, 5]
+    assert all(p.isfinite().all() for p in agrpo.load_model(str(tmp_path / "run"))[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    {
+        '"task": "sudoku"|"task": "chess"': "invalid choice: 'chess'",
+        '"lr_schedule": "cosine"|"lr_schedule": "zz"': "invalid choice: 'zz'",
+        '"k": 1|"k": 1.5': "invalid int value: '1.5'",
+        '"seed": 0|"seed": 0, "more": 1': "has not the settings of this agrpo.py",
+    }.items(),
+)
+def test_settings_that_someone_edited_are_checked_like_a_command_line(change, said, short_run, tmp_path):
+    """A resumed run believes nothing that a new one would not."""
+    old, new = change.split("|")
+    text = (short_run / "settings.json").read_text()
+    assert text.count(old + ",") == 1
+    (tmp_path / "settings.json").write_text(text.replace(old + ",", new + ","))
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        agrpo.main(["--resume", str(tmp_path)])
+
+
+def test_a_run_goes_on_with_its_own_data_and_optimizer_only(short_run, tmp_path):
+    """Other data, or the optimizer of another model: refused by name."""
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    (run / "base.json").write_text((run / "base.json").read_text().replace('"data": "', '"data": "other'))
+    with pytest.raises(SystemExit, match="the data are not those that"):
+        agrpo.main(["--resume", str(run)])
+    shutil.copy(short_run / "base.json", run)
+    file = run / "checkpoint-4" / "optimizer.safetensors"
+    state = agrpo.load_file(file)
+    agrpo.save_file(state | {"0.exp_avg": torch.zeros(3)}, file)
+    with pytest.raises(SystemExit, match=r"checkpoint-4/optimizer\.safetensors is not of this model"):
+        agrpo.main(["--resume", str(run)])
+
+
 def test_a_full_disk_or_a_damaged_checkpoint_is_one_sentence(tmp_path, monkeypatch, short_run):
     """The last whole checkpoint stays, and the run goes on from it; a file cut short is named."""
     run, save = tmp_path / "run", agrpo.save_file
@@ -1749,6 +1800,7 @@ def test_a_checkpoint_that_is_not_what_it_should_be_is_refused_by_name(change, t
         ("tokenizer.json", "", "tokenizer missing or damaged"),
         ("tokenizer.json", '{"version": "1.0"}', "tokenizer missing or damaged"),
         ("tokenizer_config.json", "[" * 10**5, "tokenizer missing or damaged"),
+        ("tokenizer_config.json", "[1]", "tokenizer missing or damaged"),
         ("tokenizer_config.json", "{}", "names no eos_token"),
         ("tokenizer_config.json", {"fast_tokenizer_files": ["../other.json"]}, "names files to read"),
         ("model.safetensors.index.json", '{"weight_map": {"x": "evil.bin"}}', "not .safetensors in its folder"),
