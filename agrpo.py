@@ -1,52 +1,56 @@
-"""AGRPO (arXiv 2510.04019) in one file: policy gradients for masked diffusion language models, without bias.
+"""AGRPO in one file: policy gradients for masked diffusion language models from a few sampled denoising steps.
 
-    python agrpo.py                          teach a tiny mask predictor 4x4 Sudoku: minutes, on a CPU, no download
-    python agrpo.py --data puzzles.csv       the same, measured on your puzzles (columns Puzzle, Solution; 0 is a blank)
-    python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (also: math, countdown)
-    torchrun --nproc_per_node 8 agrpo.py --task gsm8k             the same on eight
-    python agrpo.py --resume RUN_DIR         go on with an interrupted run
-    python agrpo.py --task gsm8k --help      every setting, with its default for the task
+    python agrpo.py                          train a tiny model on 4x4 Sudoku: minutes on a CPU, nothing to download
+    python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (or math, countdown)
+    torchrun --nproc_per_node 8 agrpo.py --task gsm8k             the same on eight GPUs
+    python agrpo.py --resume RUN             go on with a run; other options given here override its own
+    python agrpo.py --task gsm8k --help      every setting, with its default for that task
 
-A masked diffusion language model is a mask predictor: shown a prompt and a partly masked completion, it returns a
-distribution over tokens for every masked position. It writes by unmasking: all masks at first, a few positions filled
-at each step. That is a Markov decision process, and AGRPO is GRPO on it:
+AGRPO stands for Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Policy Gradients for Reasoning with
+Diffusion Language Models", ICML 2026, arXiv 2510.04019v2). A masked diffusion language model predicts the masked tokens
+of a completion. It generates by unmasking: the completion starts as masks only, and each of T steps unmasks a few
+positions, whose tokens are drawn independently of each other. The completion is generated in blocks, from left to
+right; it has ended when a whole block is EOS. This is a Markov decision process. AGRPO is GRPO (arXiv 2402.03300) on
+it and maximizes, over B completions,
 
-    rollout      unmask G completions of each prompt, remembering which step filled in which position  sample
-    advantage    each completion's reward minus the mean of its group                                 group_advantages
-    timesteps    the gradient is a sum over T steps: draw k of them, weighted so that the mean is it  draw_timesteps
-    estimate     one pass for each drawn step: log-probabilities of what it filled in, in its state   step_logps
-    objective    GRPO's clipped ratio, token by token                                                 clipped_objective
-    update       the gradient of all this over the batch; then AdamW                                  policy_gradient
+    J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
-The log-likelihood of a trajectory is exact here, not a bound. With random unmasking the order carries no parameters,
-so log pi(trajectory | prompt) is the sum, over steps, of the log-probabilities of the tokens filled in, plus a
-constant; that is the quantity a policy gradient needs. (Averaged over orders the same sum is the any-order ELBO, a
-lower bound on the likelihood of the completion as a text; that is why the estimate is called ELBO-style.)
+Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k of them are drawn, k << T, and
+weighted so that they stand for all in expectation. An update costs k passes per completion.
 
-The paper's letters, and the words for them in this file:
+Letters, and the words for them in the code (i is a row, j a position; the paper writes m for T):
 
-    q             prompt                       (B, P) token ids, padded on the left; B = prompts x group size
-    o             completion                   (B, C) token ids
-    s_t           state at step t              the completion with everything filled at step t or later masked again
-    U_t           revealed                     the positions that step t fills in, a few of the block it works on
-    T             steps, num_steps             sampling steps; what one row really took (rows that end early take fewer)
-    k             k                            sampled timesteps a row, k << T: an update costs k passes a row, not T
-    G             group_size                   completions of one prompt
-    A             advantage                    (B,)
-    rho           ratio                        new probability of a token over the one it was sampled with
-    eps, beta     eps_low, eps_high, beta      clipping range; weight of the KL term
-    tau           temperature
-    theta         model                        a Hugging Face PreTrainedModel with bidirectional attention: `base_model`
-                                               makes hidden states, `lm_head` (or BERT's `cls`) makes logits of them
+    q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
+    s_t        state: the completion before step t, with masks where nothing is unmasked yet
+    U_t        unmasked: the positions that step t unmasks, all inside one block
+    T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per completion
+    L_i        T_i for length_norm "sequence" (GRPO's), T for "constant"          tau  temperature
+    A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
+    rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
+
+Unbiased for what? Over the draw of steps: always for the gradient of J. Over rollouts as well, if unmasking is random,
+L_i = T for all rows, beta 0, advantages are not scaled, and it is the first update on its rollouts: for (1 - 1/G) / T
+times grad E[reward]. A random order carries no parameters, so this is exact, and all that a policy gradient needs:
+
+    log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
+
+(The sum's mean over orders is the sampler's ELBO, a lower bound on log p(o | q). In this sense it is ELBO-style.) With
+"sequence", steps of rows that end early weigh more, as in GRPO. Low-confidence unmasking depends on theta: then the sum
+is an approximation.
+
+Whose is what?
+    the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
+    the official code's   steps drawn in proportion to entropy, stratified over the batch; top-k and top-p in the ratio;
+                          the settings in RELEASE
+    this file's own       steps drawn in proportion to `surprise`, without replacement, stratified within each row too
+                          (`draw_timesteps`); rho of the first update exactly 1; every sampled token counts (the
+                          official code drops those behind the last non-EOS token, and so terms of the gradient)
+    off by default        dividing by the group's standard deviation; the KL
 """
 
 import ast
-import contextlib
 import copy
-import csv
-import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -55,270 +59,215 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import tokenizers
 import torch
 import torch.distributed as dist
-import transformers
+import transformers as hf
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
 
-# ======================================================================================================================
-# 1. Sampler: the unmasking Markov decision process
-#
-#        pi(trajectory | q) = prod over t of [ P(U_t) x prod over i in U_t of p_theta(o_i | q, s_t) ]
-# ======================================================================================================================
+# ===== 1. Sampler.  pi(trajectory | q) = prod_t [ Pr(U_t | s_t) prod_{j in U_t} p_theta(o_j | q, s_t) ] ===============
 
 
 @dataclass
 class Rollout:
-    """B completions and how each came about: one trajectory of the unmasking process a row.
+    """B completions, each with the trajectory that led to it. logp and entropy are float64 where the model is.
 
-    logp and entropy are float64 where the model is.
+    Where step is -1, logp and kept are 0.
     """
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
-    completion: Tensor  # (B, C) int64; EOS from where the row had ended
-    step: Tensor  # (B, C) int64, the step that filled each position; -1 where the row had already ended
+    completion: Tensor  # (B, C) int64, EOS from where the row had ended
+    step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had already ended
     logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
-    entropy: Tensor  # (B, T) float32, nats, summed over the tokens that each step filled in
+    entropy: Tensor  # (B, T) float32, nats, summed over the positions that each step unmasked
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, ids that top-k and top-p left to choose from; -1 fills up to K
+    kept: Tensor | None = None  # (B, C, K) int64, the ids that top-k and top-p left to choose from; -1 fills up to K
 
 
-def logits_at(
-    model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, merge: bool = False
-) -> Tensor:
-    """Logits at the given positions only: the output head never sees the rest of the sequence.
+def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    """Logits at the given positions only: the head never sees the rest of the sequence.
 
-    input_ids (N, L) int64; attention_mask (N, L) bool, or None where nothing is padding (leaves the way free for flash
-    attention); positions (N, n) int64 in [0, L), for Dream in [1, L). merge: one pass for all rows that are equal, as
-    the completions of one prompt are at step 0. Returns (N, n, V) in the model's dtype, differentiable.
+    input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
+    Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable.
     """
-    same = None
-    if merge:
-        seen = input_ids if attention_mask is None else input_ids.masked_fill(~attention_mask, -1)
-        same = seen.unique(dim=0, return_inverse=True)[1]  # (N,): equal rows share a number
-        one_of = same.new_zeros(int(same.max()) + 1).scatter_(0, same, torch.arange(len(same), device=same.device))
-        input_ids, attention_mask = input_ids[one_of], None if attention_mask is None else attention_mask[one_of]
-    where = {"attention_mask": attention_mask}
-    if attention_mask is not None:  # count positions from the first real token, so that padding changes nothing
-        where["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(input_ids=input_ids, **where).last_hidden_state  # (N, L, D), fewer rows where merged
-    if same is not None:
-        hidden = hidden.index_select(0, same)
-    positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about i
-    hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (N, n, D)
+    if attention_mask is not None:
+        input_ids = input_ids.masked_fill(~attention_mask, -1)
+    # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
+    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
+    real, options = input_ids >= 0, {}
+    if not real.all():  # count positions from the first real token, so that padding changes nothing
+        options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
+    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
+    positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
+    hidden = hidden[row[:, None], positions]  # (N, n, D)
     head = model.cls if hasattr(model, "cls") else model.lm_head  # BERT's head has a layer of its own
     return head(hidden)
 
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
-    """Ids left to choose from after top-k, then top-p (nucleus, arXiv 1904.09751) among what top-k kept.
+    """The ids left to choose from after top-k, then top-p (nucleus sampling, arXiv 1904.09751) among those.
 
-    logits (..., V). Returns (..., K) int64 with -1 in unused places, K = top_k (V where that is less, or 0);
-    None where nothing is cut. At least one id is always kept; mask_id never.
+    logits (..., V). Returns (..., K) int64 with -1 in unused places, K = top_k, at most V (V itself for top_k 0); None
+    where nothing is cut. At least one id is kept; mask_id never is. Ids take less memory than masks over V.
     """
     if not top_k and top_p >= 1:
         return None
-    top, kept = _without(logits, mask_id).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    top, kept = without_mask(logits, mask_id).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
     drop = top == -math.inf
     if top_p < 1:
-        probability = (_wide(top) / temperature).softmax(-1)
-        drop |= probability.cumsum(-1) - probability >= top_p  # what is more probable already makes up top_p
+        probability = (at_least_float32(top) / temperature).softmax(-1)
+        drop |= probability.cumsum(-1) - probability >= top_p  # those before it already make up top_p
         drop[..., 0] = False
     return kept.masked_fill(drop, -1)
 
 
 def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor | None = None) -> Tensor:
-    """Log-probabilities of the policy: softmax at a temperature over every id but mask_id, or over the kept ids.
+    """Log-probabilities of the policy: a softmax at a temperature over all ids but mask_id, or over the kept ids.
 
-    logits (..., V); kept (..., K) int64 from `truncate`. Returns (..., V), or (..., K) in the order of kept; float32,
-    or float64 for float64 logits. Temperature 0 is greedy, a choice from one (top-k of 1): log-probability 0 at any
-    temperature, so 1 is taken. The sampler and the gradient both call this: one policy, one definition.
+    logits (..., V); kept (..., K) int64 from `truncate`. Returns (..., V), or (..., K) in the order of kept, in nats;
+    float32, or float64 for float64 logits. The sampler and the estimator both call this: one policy, one definition.
     """
-    temperature = temperature or 1.0
     if kept is None:
-        return (_without(_wide(logits), mask_id) / temperature).log_softmax(-1)
-    logits = _wide(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
-    return (logits / temperature).log_softmax(-1)
+        logits = without_mask(at_least_float32(logits), mask_id)
+    else:
+        logits = at_least_float32(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
+    return (logits / (temperature or 1.0)).log_softmax(-1)  # at 0 one id is kept: any divisor will do
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 is too coarse for log-probabilities
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log-probabilities
 
 
-def _without(logits: Tensor, mask_id: int) -> Tensor:
+def without_mask(logits: Tensor, mask_id: int) -> Tensor:
     return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, -math.inf)
 
 
 def tokens_per_step(completion_length: int, block_length: int, steps: int) -> list[int]:
-    """How many tokens each step inside one block fills in; every block is alike. 12 tokens in 4 steps: [3, 3, 3, 3].
+    """How many tokens each step inside a block unmasks, the same for every block. 8 tokens in 3 steps: [3, 3, 2].
 
-    Raises ValueError where blocks do not divide the completion, or steps do not spread over the blocks.
+    Raises ValueError where blocks do not divide the completion, or steps do not spread evenly over the blocks.
     """
     blocks, rest = divmod(completion_length, block_length)
     if rest:
         raise ValueError(f"block length {block_length} does not divide completion length {completion_length}")
-    if steps < blocks or steps % blocks:
-        raise ValueError(f"{steps} steps cannot be shared out evenly over {blocks} blocks; use a multiple of {blocks}")
-    if steps > completion_length:
-        raise ValueError(f"{steps} steps for {completion_length} tokens: each step must fill in at least one")
+    if steps % blocks or not blocks <= steps <= completion_length:
+        raise ValueError(f"{steps} steps must be a multiple of {blocks} blocks and at most {completion_length} tokens")
     each, rest = divmod(block_length, steps // blocks)
     return [each + (step < rest) for step in range(steps // blocks)]
 
 
 @torch.no_grad()
 def sample(
-    model,
-    prompt: Tensor,
-    prompt_mask: Tensor,
-    *,
-    completion_length: int,
-    block_length: int,
-    steps: int,
-    temperature: float,
-    unmasking: str,
-    mask_id: int,
-    eos_id: int | None,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    model, prompt: Tensor, prompt_mask: Tensor, *, completion_length: int, block_length: int, steps: int,
+    temperature: float, unmasking: str, mask_id: int, eos_id: int | None, top_k: int = 0, top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Rollout:
-    """Unmask one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
+) -> Rollout:  # fmt: skip
+    """Generate one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt (B, P) int64 padded on the left; prompt_mask (B, P) bool, False on padding. Inside a block each step fills in
-    `tokens_per_step` of the masked positions:
-      unmasking="random"          any of them with equal probability. The order carries no parameters, so the sum of
-                                  Rollout.logp is the exact log-likelihood of the trajectory, up to a constant.
-      unmasking="low_confidence"  tokens are sampled for all of them and the most probable kept. The choice depends on
-                                  the model, so the same sum is only an approximation.
-    temperature 0 is greedy. A row whose block is all EOS has ended: it takes no further steps and leaves the batch.
-    eos_id None: rows never end early. mask_id is never produced. generator: on the model's device.
-    Raises ValueError for settings that do not fit together.
+    prompt (B, P) int64, padded on the left; prompt_mask (B, P) bool, False on padding; generator on the model's device.
+    Inside a block each step unmasks `tokens_per_step` of the positions that are still masked:
+      unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi + const.
+      unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others are masked again.
+    temperature 0 is greedy. A row has ended when its whole block is EOS: it leaves the batch and takes no further steps
+    (with eos_id None, never). mask_id is never sampled. Raises ValueError for settings that do not fit together.
     """
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
     per_step = tokens_per_step(completion_length, block_length, steps)
-    if temperature == 0:  # greedy: a choice from one
-        temperature, top_k = 1.0, 1
+    if temperature == 0:
+        temperature, top_k = 1.0, 1  # greedy is a choice from one
     (B, P), C, device = prompt.shape, completion_length, prompt.device
-    logp_type = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
     ids = torch.cat([prompt, prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
-    attention = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, prompt_mask.new_ones(B, C)], 1)
+    attention_mask = torch.cat([prompt_mask, prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
     step = prompt.new_full((B, C), -1)
-    logp = torch.zeros(B, C, dtype=logp_type, device=device)
-    entropy = torch.zeros(B, steps, dtype=logp_type, device=device)
+    logp = torch.zeros(B, C, dtype=dtype, device=device)
+    entropy = torch.zeros(B, steps, dtype=dtype, device=device)
     num_steps = prompt.new_zeros(B)
     kept = None
 
-    rows = torch.arange(B, device=device)  # rows still being sampled
-    t = 0
+    rows, t = torch.arange(B, device=device), 0  # the R rows that have not ended
     for start in range(0, C, block_length):
-        # Filling in at random = going through the block in a random order drawn beforehand.
+        # Unmasking at random is going through the block in a random order.
         noise = torch.rand(len(rows), block_length, generator=generator, device=device)
-        masked = start + noise.argsort(1)  # (R, m): the block's masked positions, m of them left
+        masked = start + noise.argsort(1)  # (R, number still masked), positions of the block
         for count in per_step:
-            looked_at = masked[:, :count] if unmasking == "random" else masked
-            logits = logits_at(
-                model, ids[rows], None if attention is None else attention[rows], P + looked_at, merge=t == 0
-            )
-            choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, m, K) or None
-            logps = policy_logps(logits, mask_id, temperature, choices)  # (R, m, K or V)
+            evaluated = masked[:, :count] if unmasking == "random" else masked  # (R, n)
+            logits = logits_at(model, ids[rows], attention_mask[rows], P + evaluated)  # (R, n, V)
+            choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
+            logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
             gumbel = -torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log()
             pick = (logps + gumbel).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
-            token = (pick if choices is None else choices.gather(-1, pick)).squeeze(-1)  # (R, m)
+            token = (pick if choices is None else choices.gather(-1, pick)).squeeze(-1)  # (R, n)
             token_logp = logps.gather(-1, pick).squeeze(-1)
             token_entropy = torch.special.entr(logps.exp()).sum(-1)
 
-            if unmasking == "low_confidence":  # most confident first; confidence is at temperature 1 and untruncated
+            if unmasking == "low_confidence":  # most confident first; confidence is at temperature 1, untruncated
                 confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token[..., None]).squeeze(-1)
-                best = confidence.argsort(1, descending=True)  # (R, m)
-                masked, token, token_logp, token_entropy = (
-                    x.gather(1, best) for x in (masked, token, token_logp, token_entropy)
-                )
-                if choices is not None:
-                    choices = choices.gather(1, best[..., None].expand_as(choices))
+                best = torch.arange(len(rows), device=device)[:, None], confidence.argsort(1, descending=True)
+                masked, token, token_logp, token_entropy = (x[best] for x in (masked, token, token_logp, token_entropy))
+                choices = None if choices is None else choices[best]
 
-            filled, masked = masked[:, :count], masked[:, count:]
-            row = rows[:, None]  # (R, 1) beside filled (R, count)
-            ids[row, P + filled] = token[:, :count]
-            step[row, filled] = t
-            logp[row, filled] = token_logp[:, :count]
+            row, place, masked = rows[:, None], masked[:, :count], masked[:, count:]  # (R, 1), (R, count), the rest
+            ids[row, P + place] = token[:, :count]
+            step[row, place] = t
+            logp[row, place] = token_logp[:, :count]
             entropy[rows, t] = token_entropy[:, :count].sum(1)
             if choices is not None:
-                if kept is None:
-                    kept = prompt.new_zeros(B, C, choices.shape[-1])
-                kept[row, filled] = choices[:, :count]
+                kept = prompt.new_zeros(B, C, choices.shape[-1]) if kept is None else kept
+                kept[row, place] = choices[:, :count]
             t += 1
         num_steps[rows] = t
         if eos_id is not None:
-            ended = (ids[rows, P + start : P + start + block_length] == eos_id).all(1)
-            rows = rows[~ended]
+            rows = rows[(ids[rows, P + start : P + start + block_length] != eos_id).any(1)]
             if len(rows) == 0:
                 break
-    completion = ids[:, P:]
-    if eos_id is not None:
-        completion = completion.masked_fill(step < 0, eos_id)
+    completion = ids[:, P:] if eos_id is None else ids[:, P:].masked_fill(step < 0, eos_id)
     return Rollout(prompt, prompt_mask, completion, step, logp, entropy, num_steps, kept)
 
 
-# ======================================================================================================================
-# 2. Estimator: log-likelihood of a trajectory from a few sampled timesteps
-#
-#        log pi = sum over t of f(t) + const,  f(t) = sum over i in U_t of log p_theta(o_i | q, s_t)
-#               = E[ sum over k drawn t of f(t) / inclusion(t) ] + const
-# ======================================================================================================================
+# ===== 2. Estimator.  log pi = sum_t f(t) + const, f(t) = sum_{j in U_t} log p_theta(o_j | q, s_t) ====================
+#                       = E[ sum over the k drawn t of f(t) / inclusion(t) ] + const
 
 
 def draw_timesteps(
     num_steps: Tensor, k: int, proposal: Tensor | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw k timesteps for each row; sum_j weights[j] f(steps[j]) is unbiased for the sum of f(t) over t < num_steps.
+    """Draw k timesteps for each row; sum_d weights[d] f(steps[d]) is unbiased for the sum of f(t) over t < num_steps.
 
     num_steps (B,) int64. proposal (B, T) nonnegative, of any scale, positive on each row's own steps; None = uniform.
-    generator: on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
+    generator on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
-    Step t of a row is drawn with probability inclusion[t], in proportion to the proposal but at most 1, and weighs
-    1 / inclusion[t] (Horvitz-Thompson). No step is drawn twice; a row of at most k steps gets each once with weight 1:
-    the exact sum. Weights 0 fill up such a row to k; they cost no pass.
+    inclusion(t) is the probability that step t is drawn: k times its share of the proposal. A step weighs 1 / inclusion
+    (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8, which end to end fill [0, k):
 
-    How: laid end to end, a row's inclusion probabilities are k long. Points at x, 1 + x, ..., k - 1 + x, where x is
-    uniform on [0, 1), hit each step as often as its length says (systematic sampling); the B rows take their x from B
-    different strata of [0, 1), in random order. Each x alone stays uniform, so nothing is biased; usually far less is
-    left to chance.
-    Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that the row has taken.
+        0   .2       .6           1.2            2
+        | 0 |   1    |     2      |       3      |
+
+    Points at x and 1 + x, x uniform on [0, 1), hit each step as often as its length says, none twice (systematic
+    sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8. Each
+    of the B rows has its x in a different one of B equal strata of [0, 1); each x by itself is still uniform.
+    An inclusion is at most 1; what it would have beyond that goes to the row's other steps. So a row of at most k steps
+    gets each of them once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
+    Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that its row has taken.
     """
     if k < 1:
-        raise ValueError(f"k is the number of timesteps drawn for each row and must be at least 1, not {k}")
+        raise ValueError(f"k, the number of timesteps drawn per completion, must be at least 1, not {k}")
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
     B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
     taken = torch.arange(T) < num_steps  # (B, T)
@@ -327,160 +276,103 @@ def draw_timesteps(
     if not (covered and density.isfinite().all() and (density >= 0).all()):
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
-    inclusion = torch.zeros_like(density)
-    while True:  # the probability that a step has beyond 1 goes to the others
-        certain = inclusion >= 1
-        others = density.masked_fill(certain, 0)
-        share = (k - certain.sum(1, keepdim=True)) / others.sum(1, keepdim=True).clamp(min=1e-300)
-        inclusion = torch.where(certain, 1.0, others * share)
-        if (inclusion <= 1).all():
+    certain = taken & (num_steps <= k)  # (B, T), steps with inclusion 1
+    while True:
+        rest = density.masked_fill(certain, 0)
+        share = rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
+        inclusion = certain + (k - certain.sum(1, keepdim=True)) * share  # (B, T)
+        if not (inclusion > 1).any():
             break
-    inclusion = torch.where(num_steps <= k, taken.double(), inclusion)  # (B, T)
+        certain |= inclusion > 1
 
-    row = torch.randperm(B, generator=generator)[:, None]  # (B, 1)
-    x = (row + torch.rand(B, 1, generator=generator, dtype=torch.float64)) / B
-    steps = torch.searchsorted(inclusion.cumsum(1), torch.arange(k) + x, right=True)  # (B, k), rising along each row
+    stratum = torch.randperm(B, generator=generator)[:, None]  # (B, 1)
+    x = (stratum + torch.rand(B, 1, generator=generator, dtype=torch.float64)) / B
+    steps = torch.searchsorted(inclusion.cumsum(1), torch.arange(k) + x, right=True)  # (B, k)
     steps = steps.clamp(max=(num_steps - 1).clamp(min=0))
     weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-def step_logps(
-    model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log p(o_j | q, s_t) of the tokens that step t filled in, under the model as it is: a pass for each (row, step).
-
-    rows (N,), steps (N,) int64: N >= 1 pairs. Returns logp (N, C), 0 outside the revealed positions, differentiable;
-    and revealed (N, C) bool. The temperature, and the truncation the rollout recorded, are those of the sampler:
-    the ratio of two policies means nothing otherwise.
-    """
-    P = int(rollout.prompt_mask[rows].sum(1).max())  # these rows' longest prompt: what is left of it is all padding
-    left = rollout.prompt.shape[1] - P
-    prompt, prompt_mask = rollout.prompt[rows, left:], rollout.prompt_mask[rows, left:]
-    when, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
-    revealed = when == t  # (N, C)
-    state = torch.where((when >= 0) & (when < t), completion, mask_id)  # s_t: what earlier steps filled in, else masks
-
-    # Positions to look at: n = the most that any of these steps filled in; where a step filled in fewer, others pad.
-    n = int(revealed.sum(1).max())
-    where = revealed.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n)
-    attention = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, prompt_mask.new_ones(state.shape)], 1)
-    logits = logits_at(model, torch.cat([prompt, state], 1), attention, P + where, merge=True)  # (N, n, V)
-
-    token = completion.gather(1, where)[..., None]  # (N, n, 1)
-    if rollout.kept is None:
-        logps = policy_logps(logits, mask_id, temperature).gather(-1, token).squeeze(-1)  # (N, n)
-    else:
-        kept = rollout.kept[rows[:, None], where]  # (N, n, K)
-        pick = (kept == token).int().argmax(-1, keepdim=True)
-        logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, pick).squeeze(-1)
-    logps = logps.masked_fill(~revealed.gather(1, where), 0)
-    return torch.zeros(revealed.shape, dtype=logps.dtype, device=logps.device).scatter(1, where, logps), revealed
-
-
 def surprise(rollout: Rollout) -> Tensor:
-    """1 - p(token), summed over the tokens that each step filled in: (B, T), from what the sampler recorded.
+    """1 - p(token), summed over the tokens that each step unmasked: (B, T), from what the sampler recorded.
 
-    The gradient of log p(token) with respect to the logits (over the temperature) is onehot(token) - p, whose length is
-    1 - p(token) up to a factor of at most sqrt(2): tokens that the policy was sure of have next to nothing to teach.
+    The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
+    factor of at most sqrt(2): there is little to learn from tokens that the policy was sure of.
     """
     doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)
     return torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt)
 
 
 def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 0.1) -> Tensor:
-    """Draw timesteps more often where more can be learnt: (1 - share) x score + share x uniform, each row summing to 1.
+    """The normalized score, mixed with some uniform: no weight exceeds T_i / (k uniform_share).
 
-    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64 on the CPU, where
-    timesteps are drawn. The uniform share keeps every weight at most 1 / share times its uniform value, so that no rare
-    step can blow up the gradient.
+    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64 on the CPU.
     """
-    T = score.shape[1]
     score, length = score.cpu().double(), num_steps.cpu().clamp(min=1)[:, None]
-    uniform = (torch.arange(T) < length) / length  # (B, T)
+    uniform = (torch.arange(score.shape[1]) < length) / length  # (B, T)
     total = score.sum(1, keepdim=True)
     return torch.where(total > 0, (1 - uniform_share) * score / total + uniform_share * uniform, uniform)
 
 
-def estimate_logp(
-    model,
-    rollout: Rollout,
-    k: int,
-    *,
-    mask_id: int,
-    temperature: float,
-    proposal: Tensor | None = None,
-    micro_batch: int = 64,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Unbiased estimate, from k sampled timesteps a row, of log pi(trajectory): (B,), differentiable, nats.
+def step_logps(
+    model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log p_theta(o_j | q, s_t) of the tokens that step t unmasked, under the model as it is: a pass per (row, step).
 
-    Exact for every row with num_steps <= k. Proposal and generator as in `draw_timesteps`. The training loop takes the
-    gradient of an objective rather than of this sum, with the same timesteps and weights: see `policy_gradient`.
+    rows (N,) and steps (N,) int64, N >= 1 pairs. Returns logp (N, C), nats, 0 elsewhere, differentiable; and unmasked
+    (N, C) bool: U_t. The temperature must be the sampler's, or the ratio means nothing; truncation is in Rollout.kept.
+    """
+    P = int(rollout.prompt_mask[rows].sum(1).max())  # the longest prompt of these rows; all left of it is padding
+    prompt, prompt_mask = (x[rows, x.shape[1] - P :] for x in (rollout.prompt, rollout.prompt_mask))
+    step, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
+    unmasked = step == t  # (N, C)
+    state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
+
+    n = int(unmasked.sum(1).max())  # a step that unmasked fewer than n tokens is filled up with other positions
+    evaluated = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n)
+    attention_mask = torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
+    logits = logits_at(model, torch.cat([prompt, state], 1), attention_mask, P + evaluated)  # (N, n, V)
+
+    token, kept = completion.gather(1, evaluated)[..., None], None  # (N, n, 1)
+    index = token  # among the V ids
+    if rollout.kept is not None:
+        kept = rollout.kept[rows[:, None], evaluated]  # (N, n, K)
+        index = (kept == token).int().argmax(-1, keepdim=True)  # among the K kept ones
+    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
+    logps = logps.masked_fill(~unmasked.gather(1, evaluated), 0)
+    return torch.zeros(unmasked.shape, dtype=logps.dtype, device=logps.device).scatter(1, evaluated, logps), unmasked
+
+
+def estimate_logp(
+    model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal: Tensor | None = None, generator=None
+) -> Tensor:
+    """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
+
+    Exact for rows with num_steps <= k. proposal and generator as in `draw_timesteps`. Training does not call this:
+    `policy_gradient` puts the clipped objective in the place of log p, with the same steps and weights.
     """
     steps, weights = draw_timesteps(rollout.num_steps, k, proposal, generator)
-    row, j = weights.nonzero(as_tuple=True)  # the (row, step) pairs that need a pass, as one flat list
-    total = torch.zeros_like(rollout.logp[:, 0])
-    for part in torch.arange(len(row), device=row.device).split(micro_batch):
-        r, d = row[part], j[part]
-        logp, _ = step_logps(model, rollout, r, steps[r, d], mask_id=mask_id, temperature=temperature)
-        total = total.index_add(0, r, weights[r, d].to(logp) * logp.sum(1))
-    return total
+    row, draw = weights.nonzero(as_tuple=True)  # (N,) each: one flat list of (row, step) pairs
+    logp, _ = step_logps(model, rollout, row, steps[row, draw], mask_id=mask_id, temperature=temperature)  # (N, C)
+    return torch.zeros_like(rollout.logp[:, 0]).index_add(0, row, weights[row, draw].to(logp) * logp.sum(1))
 
 
-def one_step_view(
-    model,
-    rollout: Rollout,
-    *,
-    mask_id: int,
-    temperature: float,
-    on_policy: bool,
-    prompt_masking: float = 0.15,
-    micro_batch: int = 64,
-    generator: torch.Generator | None = None,
-) -> Rollout:
-    """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: as if one step had filled in everything.
-
-    Every completion token is masked, and each prompt token with probability prompt_masking, anew at each call; one pass
-    then gives all log-probabilities. Only the tokens of step 0 were sampled in such a state (and with all of the prompt
-    in sight), so the gradient is biased. To be given to `policy_gradient` in place of the rollout: it looks like one
-    whose rows took one step. Its logp is the model's now, before any update (with on_policy=True the sampler's: the
-    first update takes the ratio as 1); nothing is truncated. Divided by its one step, its gradient is about T times as
-    long as AGRPO's: AdamW does not mind, clipping the norm does. generator: on the CPU.
-    """
-    hidden = (torch.rand(rollout.prompt.shape, generator=generator) < prompt_masking).to(rollout.prompt.device)
-    prompt = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id)
-    step, num_steps = rollout.step.clamp(max=0), rollout.num_steps.clamp(max=1)
-    view = replace(rollout, prompt=prompt, step=step, num_steps=num_steps, kept=None)
-    if on_policy:
-        return view
-    with torch.no_grad():
-        parts = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
-        logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in parts]
-    return replace(view, logp=torch.cat(logps))
-
-
-# ======================================================================================================================
-# 3. Objective: clipped, relative to the group
-#
-#        min( rho A, clip(rho, 1 - eps, 1 + eps) A ) - beta KL,  A = r - mean(r) over the group
-# ======================================================================================================================
+# ===== 3. Objective.  min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) - beta KL,  A = r - mean(r) over the group ===
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = False) -> Tensor:
     """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300).
 
-    rewards (B,), groups side by side; returns (B,). The row's own reward is in the mean, which scales the expected
+    rewards (B,), groups side by side; returns (B,). Each reward is part of its own baseline, which scales the expected
     gradient by exactly 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
-    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783), so it is off unless asked for.
-    Raises ValueError where B is not a multiple of group_size.
+    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where group_size does not divide B.
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
-    groups = _wide(rewards).view(-1, group_size)  # (B / G, G); whole numbers become float32
+    groups = at_least_float32(rewards).view(-1, group_size)  # (B / G, G)
     advantage = groups - groups.mean(1, keepdim=True)
-    # A group of equal rewards has nothing to say: exactly 0, whatever rounding made of its mean.
-    advantage = advantage.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0)
+    equal = (groups == groups[:, :1]).all(1, keepdim=True)
+    advantage = advantage.masked_fill(equal, 0)  # exactly 0, whatever rounding made of the mean
     if scale_by_std:
         advantage = advantage / (groups.std(1, keepdim=True) + 1e-4)
     return advantage.view(-1)
@@ -489,7 +381,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
 def clipped_objective(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low: float = 0.2, eps_high: float = 0.2
 ) -> Tensor:
-    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), elementwise, to be maximised (PPO, arXiv 1707.06347).
+    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), elementwise, to be maximized (PPO, arXiv 1707.06347).
 
     rho = exp(logp - old_logp). All three broadcast together; differentiable in logp.
     """
@@ -498,362 +390,238 @@ def clipped_objective(
 
 
 def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(policy || reference) for each token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho.
+    """KL(policy || reference) per token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho. Elementwise.
 
-    The tokens come from the old policy; rho = exp(logp - old_logp) corrects for that, in the gradient too
-    (DeepSeek-V3.2, arXiv 2512.02556), token by token given its state; that theta also changes which states are visited
-    is left out. Never negative, 0 where the policies agree. Elementwise.
+    rho = exp(logp - old_logp) corrects for tokens drawn from the old policy, in the gradient too (DeepSeek-V3.2, arXiv
+    2512.02556). Never negative, 0 where the policies agree. The gradient leaves out that theta changes the states.
     """
     d = ref_logp - logp
     return (logp - old_logp).exp() * (d.exp() - d - 1)
 
 
-# ======================================================================================================================
-# 4. Update: the amortized policy gradient
-#
-#        grad J,  J = mean over rows of 1 / T_i x [ the objective, summed over tokens, estimated from k of T_i steps ]
-# ======================================================================================================================
-
-
-PER_TOKEN = ("clipfrac", "approx_kl", "ratio", "sampler_gap", "kl")  # figures that are means over tokens
+# ===== 4. Gradient: the amortized policy gradient, grad J =============================================================
 
 
 def policy_gradient(
-    model,
-    rollout: Rollout,
-    advantage: Tensor,
-    *,
-    k: int,
-    mask_id: int,
-    temperature: float,
-    on_policy: bool,
-    proposal: Tensor | None = None,
-    length_norm: str = "sequence",
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    beta: float = 0.0,
-    ref_model=None,
-    micro_batch: int = 64,
-    generator: torch.Generator | None = None,
-) -> dict[str, float]:
-    """Add to .grad the gradient of -J, estimated from k timesteps a row, and return what happened.
+    model, rollout: Rollout, advantage: Tensor, *, k: int, mask_id: int, temperature: float, on_policy: bool,
+    proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
+    beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Add to .grad the gradient of -J (see the top of this file), estimated from k steps of each row.
 
-        J = 1/B sum_i 1/L_i sum_{t < T_i} [ sum_{j in U_t} min(rho_j A_i, clip(rho_j) A_i) - beta KL_j ]
-
-    with the sum over t replaced by its unbiased estimate from `draw_timesteps`. L_i, after length_norm:
-      "sequence"  T_i, GRPO's normalisation and the paper's: unbiased for GRPO's length-weighted objective.
-      "constant"  T, the same for all rows (Dr. GRPO, arXiv 2503.20783): unbiased for the gradient of E[reward], times
-                  (1 - 1/G) / T, on the first update on rollouts of random order, with beta 0 and advantages not scaled.
-                  Where no row ends early the two are one.
-    advantage (B,). on_policy: the model is still the one that sampled, so rho is 1 whatever rounding the sampler saw.
-    ref_model: the reference for beta > 0. No pass is made for a row without advantage (unless beta > 0); at most
-    micro_batch (row, step) pairs are in memory at once. Returns loss, counts, and plain means over the tokens looked at.
+    advantage (B,). on_policy: the model is still the one that sampled; rho is 1, but has its gradient. length_norm: L_i
+    is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal and generator as in
+    `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in memory at once.
+    Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, means over tokens evaluated.
+    Raises ValueError for another length_norm.
     """
+    if length_norm not in ("sequence", "constant"):
+        raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     B, T = rollout.entropy.shape
-    k = min(k, int(rollout.num_steps.max()))  # there are no more steps than that to learn from
-    learns = (rollout.num_steps > 0) & ((advantage != 0) | (beta > 0))
-    rows = learns.nonzero().squeeze(1)
-    names = ("loss", "tokens", *PER_TOKEN)
-    sums = dict.fromkeys(names, torch.zeros((), device=advantage.device))
-    saved = {"passes_saved_no_advantage": int(rollout.num_steps.clamp(max=k)[~learns].sum())}
+    metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
+    rows = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1)  # no advantage: no gradient, so no pass
     if len(rows) == 0:
-        return dict.fromkeys(names, 0.0) | saved | {"passes": 0, "passes_saved_short": 0}
-    steps, weights = draw_timesteps(
-        rollout.num_steps[rows], k, None if proposal is None else proposal[rows.cpu()], generator
-    )
-    i, j = weights.nonzero(as_tuple=True)  # one flat list of (row, step) pairs
-    saved |= {"passes": len(i), "passes_saved_short": k * len(rows) - len(i)}
-    rows, steps, weights = rows[i], steps[i, j], weights[i, j]
-    # By prompt length, so that little is padding; then by step, so that equal states (step 0 of a group) share a pass.
-    order = (rollout.prompt_mask[rows].sum(1) * T + steps).argsort(stable=True)
-    rows, steps, weights = rows[order], steps[order], weights[order]
-    length = rollout.num_steps[rows] if length_norm == "sequence" else T
-    weights = (weights / (B * length)).to(rollout.logp.dtype)
+        return metrics
+    proposal = None if proposal is None else proposal[rows.cpu()]
+    steps, weights = draw_timesteps(rollout.num_steps[rows], k, proposal, generator)  # (R, k)
+    row, draw = weights.nonzero(as_tuple=True)  # one flat list of N (row, step) pairs
+    rows, steps, weights = rows[row], steps[row, draw], weights[row, draw]  # (N,)
+    weights = (weights / (B * (rollout.num_steps[rows] if length_norm == "sequence" else T))).to(rollout.logp.dtype)
 
-    for part in torch.arange(len(rows), device=rows.device).split(micro_batch):
-        r = rows[part]
-        logp, revealed = step_logps(model, rollout, r, steps[part], mask_id=mask_id, temperature=temperature)
-        old_logp = logp.detach() if on_policy else rollout.logp[r]
-        objective = clipped_objective(logp, old_logp, advantage[r, None], eps_low, eps_high)  # (N, C)
+    seen = []
+    for start in range(0, len(rows), micro_batch):
+        r, t, w = (x[start : start + micro_batch] for x in (rows, steps, weights))
+        A = advantage[r, None]
+        logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (N, C)
+        old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
+        objective, kl = clipped_objective(logp, old_logp, A, eps_low, eps_high), torch.zeros_like(logp)
         if beta > 0:
             with torch.no_grad():
-                ref_logp, _ = step_logps(ref_model, rollout, r, steps[part], mask_id=mask_id, temperature=temperature)
+                ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             kl = kl_penalty(logp, old_logp, ref_logp)
-            objective = objective - beta * kl
-        loss = -(weights[part, None] * objective * revealed).sum()
+        loss = -(w[:, None] * (objective - beta * kl) * unmasked).sum()
         loss.backward()
+        metrics["loss"] += loss.item()
+        seen.append(torch.stack([logp - old_logp, A.expand_as(logp), kl])[:, unmasked].detach())
 
-        with torch.no_grad():
-            change, A = (logp - old_logp)[revealed], advantage[r, None].expand_as(logp)[revealed]
-            ratio = change.exp()
-            seen = {
-                "loss": loss,
-                "tokens": revealed.sum(),
-                "clipfrac": ((ratio < 1 - eps_low) & (A < 0) | (ratio > 1 + eps_high) & (A > 0)).sum(),
-                "approx_kl": (ratio - 1 - change).sum(),
-                "ratio": ratio.sum(),
-                "sampler_gap": (logp - rollout.logp[r])[revealed].abs().sum(),
-                "kl": kl[revealed].sum() if beta > 0 else 0,
-            }
-            sums = {name: sums[name] + value for name, value in seen.items()}
-    figures = {name: float(value) for name, value in sums.items()}
-    return figures | {name: figures[name] / figures["tokens"] for name in PER_TOKEN} | saved
+    log_ratio, A, kl = torch.cat(seen, 1)  # (tokens,) each
+    ratio = log_ratio.exp()
+    clipped = (ratio < 1 - eps_low) & (A < 0) | (ratio > 1 + eps_high) & (A > 0)
+    means = {"clip_ratio": clipped.double().mean(), "approx_kl": (ratio - 1 - log_ratio).mean(), "kl": kl.mean()}
+    return metrics | {name: float(mean) for name, mean in means.items()}
 
 
-# ======================================================================================================================
-# 5. Training loop: the paper's algorithm, from rollouts to AdamW
-# ======================================================================================================================
+# ===== 5. Training loop ===============================================================================================
 
 
-def train(model, tokenizer, mask_id: int, task: "Task", examples, held_out, args: "Settings", ref_model=None) -> bool:
-    """Rollouts, rewards, advantages, timesteps, gradient, AdamW step; repeat. Returns whether it reached the end.
+def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
+    """Rollouts, rewards, advantages, timesteps, gradient, AdamW; repeat, from the run's newest checkpoint on.
 
-    examples, held_out: lists of the task's examples, to train on and to measure on every --eval_every updates. Goes on
-    from the newest checkpoint in args.output_dir, if there is one. Every random choice is seeded by (seed, what it is
-    for, update), so a run that was stopped and resumed is the run that was not. Writes metrics.jsonl (a line an
-    update), completions.jsonl (samples) and checkpoint-N. Ctrl-C or SIGTERM: finish the update, save, return False.
-    Under torchrun each process rolls out its share of the prompts, and gradients are averaged.
-    Raises FloatingPointError where one update after another has no finite log-probabilities or gradient.
+    Every random choice is seeded by (seed, purpose, update), so a run that was killed and resumed ends as if it had not
+    been, on a CPU bit for bit. Raises FloatingPointError where log-probabilities or a gradient are not finite.
     """
-    run, chat = Path(args.output_dir), tokenizer.chat_template is not None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    betas = args.adam_beta1, args.adam_beta2
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay)
-    model.train(args.gradient_checkpointing)  # for its checkpointing hooks alone: there is no dropout
-    start, stop, report = restore_training_state(run, optimizer), stop_after_this_update(), reporter(args)
-    finished, skipped, forward_passes = start >= args.max_steps, 0, pass_counter(model)
-    progress = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="AGRPO", disable=rank() > 0)
+    run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
+    start, track = load_training_state(run, optimizer), tracker(args) if rank() == 0 else None
+    model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
+    progress = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0)
     for update in progress:
-        lap = stopwatch(model.device)
-        forward_passes()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, args)
-
         # Rollouts: group_size completions of each prompt, side by side.
-        batch, texts, rollout = roll_out(model, tokenizer, mask_id, task, examples, update, args)
-        sane = not any_rank(not rollout.logp.isfinite().all())  # a broken model's rewards are equal, its gradient 0
-        seconds_rollout, rollout_forward_passes = lap(), forward_passes()
+        began = time.perf_counter()
+        warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
+        optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * min(1.0, warm) * cosine
+        prompts = [example for example in draw_examples(examples, update, args) for _ in range(args.group_size)]
+        key = (args.seed, "rollout", update)
+        batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, key, **args.sampling())
+        seconds_rollout = time.perf_counter() - began
 
         # Rewards and advantages.
-        grades = [task.grade(example, text, chat) for example, text in zip(batch, texts)]
+        grades = [task.grade(example, text) for example, text in zip(batch, texts)]
         rewards = torch.tensor([reward for reward, _ in grades], dtype=torch.float32).to(model.device)
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
-        seconds_reward = lap()
 
-        # Timesteps: drawn more often where more can be learnt. (diffu-GRPO has but one, masked anew for each update.)
-        proposal, views = None, [rollout] * args.updates_per_rollout
+        # Timesteps: drawn more often where more can be learned.
+        scores = {"surprise": surprise(rollout), "entropy": rollout.entropy, "uniform": 0 * rollout.entropy}
+        proposal = defensive_proposal(scores[args.timestep_proposal], rollout.num_steps)
         policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
+        views = [rollout] * args.updates_per_rollout
+        rng = lambda purpose, i, update=update: seeded_generator("cpu", args.seed, purpose, update, i, rank())
         if args.method == "diffu_grpo":
-            for again in range(len(views)):
-                rng = seeded_generator("cpu", args.seed, "prompt masks", update, again, rank())
-                with autocast(model, args):
-                    views[again] = one_step_view(model, rollout, on_policy=again == 0, generator=rng, **policy)
-        elif args.timestep_proposal != "uniform":
-            score = surprise(rollout) if args.timestep_proposal == "surprise" else rollout.entropy
-            proposal = defensive_proposal(score, rollout.num_steps, args.uniform_share)
+            rngs = [rng("prompt masks", i) for i in range(len(views))]
+            views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
 
-        # Updates: the first on the policy that sampled, the rest off it; that is what the clipping is for.
-        objective = {name: getattr(args, name) for name in ("k", "length_norm", "eps_low", "eps_high", "beta")}
-        one_step_passes = forward_passes()
-        passes, skipped_of_these = Counter(passes=one_step_passes), 0
-        for again, view in enumerate(views):
+        # Updates: the first is on the policy that sampled; the others are not, which is what clipping is for.
+        for i, view in enumerate(views):
             optimizer.zero_grad()
-            rng = seeded_generator("cpu", args.seed, "timesteps", update, again, rank())
-            drawing = {"on_policy": again == 0, "proposal": proposal, "ref_model": ref_model, "generator": rng}
-            with autocast(model, args):
-                figures = policy_gradient(model, view, advantage, **drawing, **policy, **objective)
-            passes.update({name: value for name, value in figures.items() if "passes" in name})
-            average_gradients(model)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
-            if sane and math.isfinite(grad_norm):  # one bad batch must not spoil the weights
-                optimizer.step()
-                skipped = 0
-            else:
-                skipped += 1
-                skipped_of_these += 1
-        seconds_update, update_forward_passes = lap(), one_step_passes + forward_passes()
+            metrics = policy_gradient(
+                model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=args.length_norm,
+                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model,
+                generator=rng("timesteps", i), **policy,
+            )  # fmt: skip
+            average_gradients(trained)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if not (rollout.logp.isfinite().all() and grad_norm.isfinite()):
+                cause = "--learning_rate, --beta or --updates_per_rollout may be too high: resume with less"
+                raise FloatingPointError(f"update {update + 1} is not finite; {last_checkpoint(run)}. {cause}")
+            optimizer.step()
 
-        groups, tokens = rewards.view(-1, args.group_size), float((rollout.step >= 0).sum())
-        metrics = {
-            "reward": float(rewards.mean()),
-            "reward_std": float(groups.std(1).mean()),
-            "accuracy": sum(correct for _, correct in grades) / len(grades),
-            "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
+        groups, tokens = rewards.view(-1, args.group_size), (rollout.step >= 0).sum()
+        metrics |= {
+            "reward": rewards.mean(),
+            "reward_std": groups.std(1).mean(),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean(),
+            "accuracy": sum(right for _, right in grades) / len(grades),
             "completion_length": tokens / len(batch),
-            "entropy": float(rollout.entropy.sum() / tokens),
-            **figures,  # of the last update on this rollout
-            **passes,
-            "forward_passes": update_forward_passes,
-            "rollout_passes": int(rollout.num_steps.sum()),
-            "rollout_passes_saved_ended": int((args.steps - rollout.num_steps).sum()),
-            "rollout_forward_passes": rollout_forward_passes,
+            "entropy": rollout.entropy.sum() / tokens,
             "grad_norm": grad_norm,
-            "skipped": skipped_of_these,
-            "skipped_in_a_row": skipped,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate,
             "seconds_rollout": seconds_rollout,
-            "seconds_reward": seconds_reward,
-            "seconds_update": seconds_update,
-            "rollout_tokens_per_second": tokens / seconds_rollout,
-            "update_pairs_per_second": passes["passes"] / seconds_update,
-            "peak_memory_gib": peak_memory_gib(model.device),
+            "seconds_update": time.perf_counter() - began - seconds_rollout,
         }
-        metrics = average_over_ranks(metrics)
+        metrics = mean_over_ranks(metrics)
         if args.eval_every and (update + 1) % args.eval_every == 0:
-            metrics["eval_accuracy"] = evaluate(
-                model, tokenizer, mask_id, task, held_out, args, args.eval_steps[0], greedy=True
-            )
-        report({"update": update + 1} | metrics)
-        shown = "reward {reward:.2f} accuracy {accuracy:.2f} clipfrac {clipfrac:.3f} |grad| {grad_norm:.2f}"
-        with contextlib.suppress(BrokenPipeError):
-            progress.set_postfix_str(shown.format(**metrics) + f" SKIPPED {skipped}" * (skipped > 0))
-        if args.show_every and (update + 1) % args.show_every == 0 and rank() == 0:
-            n = random.Random(f"{args.seed} show {update}").randrange(len(batch))
-            shown = {"update": update + 1, "prompt": task.prompt(batch[n], tokenizer), "completion": texts[n]}
-            append_line(run / "completions.jsonl", shown | {"reward": float(rewards[n])})
-            with contextlib.suppress(BrokenPipeError):
-                progress.write(f"\nupdate {update + 1}, reward {rewards[n]:g}\n{task.show(batch[n], texts[n], chat)}\n")
-
-        if skipped >= 5:
-            raise FloatingPointError(
-                f"{skipped} updates in a row, up to update {update + 1}, had no finite log-probabilities or gradient and were skipped; "
-                f"{last_checkpoint(run)}. Most likely --learning_rate {args.learning_rate:g} is too high, or --beta or "
-                "--updates_per_rollout lets the ratio overflow: start again with less"
-            )
-        finished, stopping = update + 1 == args.max_steps, any_rank(bool(stop))
-        if stopping or finished or ((update + 1) % args.save_every == 0 and not skipped):
-            save_training_state(run, update + 1, model, tokenizer, optimizer, args.keep_checkpoints)
-        if stopping:
-            break
-    progress.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
+        if rank() == 0:
+            metrics = {"update": update + 1} | metrics
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            track(metrics)
+            text = "reward {reward:.2f} accuracy {accuracy:.2f} clip_ratio {clip_ratio:.3f} grad_norm {grad_norm:.2f}"
+            progress.set_postfix_str(text.format(**metrics))
+            if args.show_every and (update + 1) % args.show_every == 0:
+                progress.write(f"\nupdate {update + 1}, reward {rewards[0]:g}\n{task.show(batch[0], texts[0])}\n")
+        if (update + 1) % args.save_every == 0 or update + 1 == args.max_steps:
+            save_training_state(run, update + 1, model, tokenizer, optimizer)
     model.eval()
-    return finished
 
 
-def roll_out(model, tokenizer, mask_id: int, task: "Task", examples: list, update: int, args: "Settings"):
-    """This process's rollouts of one update: (example of each row, completion of each row, Rollout).
+def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **sampling):
+    """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
 
-    They are made --rollout_batch at a time, each batch with a generator of its own, so that they come out the same
-    however many processes share them.
+    Each --rollout_batch has a generator of its own, from key: completions do not depend on the number of processes.
+    Completions end before their first EOS. Tokens after it were sampled, so they are trained on; rewards ignore them.
     """
-    batch, texts, rollouts = [], [], []
-    drawn, size = draw_examples(examples, update, args), args.rollout_batch // args.group_size
-    for c in range(rank(), len(drawn) // size, world_size()):
-        part = [example for example in drawn[c * size : (c + 1) * size] for _ in range(args.group_size)]
+    mine, texts, rollouts, eos_id = [], [], [], tokenizer.eos_token_id
+    for n in range(rank(), math.ceil(len(examples) / args.rollout_batch), world_size()):
+        part = examples[n * args.rollout_batch : (n + 1) * args.rollout_batch]
         prompts = [task.prompt(example, tokenizer) for example in part]
-        rng = seeded_generator(model.device, args.seed, "rollout", update, c)
-        with autocast(model, args):
-            rollout, written = complete(model, tokenizer, mask_id, prompts, rng, **args.sampling())
-        batch, texts, rollouts = batch + part, texts + written, rollouts + [rollout]
-    return batch, texts, concatenate(rollouts)
-
-
-def complete(model, tokenizer, mask_id: int, prompts: list[str], rng, **sampling) -> tuple[Rollout, list[str]]:
-    """One completion for each prompt: the rollout, and its texts up to the first EOS. sampling: arguments of `sample`.
-
-    Tokens after that EOS are no part of the text, so of the reward; they were sampled, so they are trained on.
-    """
-    encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    prompt, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].bool().to(model.device)
-    eos_id = tokenizer.eos_token_id
-    rollout = sample(model, prompt, prompt_mask, mask_id=mask_id, eos_id=eos_id, generator=rng, **sampling)
-    written = [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in rollout.completion.tolist()]
-    return rollout, tokenizer.batch_decode(written, skip_special_tokens=True)
+        encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+        ids, mask = (encoded[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        rng = seeded_generator(model.device, *key, n)
+        rollouts.append(sample(model, ids, mask.bool(), mask_id=mask_id, eos_id=eos_id, generator=rng, **sampling))
+        rows = [row[: row.index(eos_id)] if eos_id in row else row for row in rollouts[-1].completion.tolist()]
+        mine, texts = mine + part, texts + tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return mine, texts, concatenate(rollouts) if rollouts else None
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:
-    """One rollout of all rows: the shorter prompts are padded on the left."""
-    P = max(rollout.prompt.shape[1] for rollout in rollouts)
-    columns = {}
-    for name in (f.name for f in fields(Rollout)):
-        parts = [getattr(rollout, name) for rollout in rollouts]
-        if name in ("prompt", "prompt_mask"):
-            parts = [torch.nn.functional.pad(part, (P - part.shape[1], 0)) for part in parts]
-        columns[name] = None if parts[0] is None else torch.cat(parts)
-    return Rollout(**columns)
+    """One rollout of all rows; shorter prompts are padded on the left."""
+    P = max(r.prompt.shape[1] for r in rollouts)
+    left_pad = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
+    rollouts = [replace(r, prompt=left_pad(r.prompt), prompt_mask=left_pad(r.prompt_mask)) for r in rollouts]
+    columns = zip(*(vars(r).values() for r in rollouts))
+    return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def evaluate(
-    model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", steps: int, greedy: bool
-) -> float:
-    """Share of examples answered rightly, each completed once in so many steps; processes share the work."""
-    chat, right, sampling = tokenizer.chat_template is not None, 0, args.eval_sampling(steps, greedy)
-    for start in range(rank() * args.eval_batch, len(examples), world_size() * args.eval_batch):
-        part = examples[start : start + args.eval_batch]
-        prompts = [task.prompt(example, tokenizer) for example in part]
-        rng = seeded_generator(model.device, 0, "evaluation", start)
-        with autocast(model, args):
-            _, texts = complete(model, tokenizer, mask_id, prompts, rng, **sampling)
-        right += sum(task.correct(example, text, chat) for example, text in zip(part, texts))
-    return sum_over_ranks([right])[0] / len(examples)
+def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
+    """Accuracy: the share of test examples answered right, each completed once in so many steps."""
+    sampling = args.sampling() | {"steps": steps} | (GREEDY if greedy else {})
+    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), **sampling)
+    right = sum(task.grade(example, text)[1] for example, text in zip(mine, texts))
+    return mean_over_ranks({"right": right})["right"] * world_size() / len(test)
+
+
+GREEDY = {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+
+
+def one_step_view(
+    model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy: bool, micro_batch: int = 64, generator=None
+) -> Rollout:
+    """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: the rollout as if one step had unmasked it all.
+
+    The completion is all masks, and so is each prompt token with probability 0.15. Hardly any token was sampled in such
+    a state, so the gradient is biased. Give the result to `policy_gradient` in place of the rollout. Its logp is the
+    model's as it is now; with on_policy, where that is not needed, the sampler's. Nothing is truncated.
+    """
+    hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
+    prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
+    view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
+    if not on_policy:
+        zeros, policy = torch.zeros_like(view.num_steps), {"mask_id": mask_id, "temperature": temperature}
+        parts = torch.arange(len(zeros), device=zeros.device).split(micro_batch)
+        with torch.no_grad():
+            view.logp = torch.cat([step_logps(model, view, rows, zeros[rows], **policy)[0] for rows in parts])
+    return view
 
 
 def seeded_generator(device, *key) -> torch.Generator:
-    """A random generator of its own for each purpose: key says which, so nothing random has a state to be saved."""
+    """A generator for the purpose that key names: nothing random has a state that a checkpoint would have to hold."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 
 
 def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[dict]:
-    """The prompts of one update: every example comes once an epoch, in an order of that epoch's own."""
-    N, first = len(examples), update * args.prompts_per_update
-    places = range(first, first + args.prompts_per_update)  # counted from the start of the run
-    order = {e: random.Random(f"{args.seed} epoch {e}").sample(examples, N) for e in {place // N for place in places}}
-    return [order[place // N][place % N] for place in places]
+    """The prompts of one update: every example comes once per epoch, each epoch in another random order."""
+    first, size, batch = update * args.prompts_per_update, len(examples), []  # counted from the start of the run
+    for n in range(first, first + args.prompts_per_update):
+        if not batch or n % size == 0:
+            order = random.Random(f"{args.seed} epoch {n // size}").sample(range(size), size)
+        batch.append(examples[order[n % size]])
+    return batch
 
 
-def learning_rate_at(update: int, args: "Settings") -> float:
-    """Linear warm-up over the first warmup_ratio of the updates; constant, or half a cosine towards 0."""
-    warm = min(1.0, (update + 1) / max(1, round(args.warmup_ratio * args.max_steps)))
-    cosine = (1 + math.cos(math.pi * update / args.max_steps)) / 2
-    return args.learning_rate * warm * (cosine if args.lr_schedule == "cosine" else 1.0)
+def tracker(args: "Settings") -> Callable[[dict], None]:
+    """What takes an update's metrics where --report_to says."""
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
+        writer = SummaryWriter(args.output_dir)
+        return lambda metrics: [writer.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
+    if args.report_to == "wandb":
+        import wandb
 
-def autocast(model, args: "Settings"):
-    """bfloat16 matrix products over float32 weights: for --bf16 where all weights are trained, so must stay float32."""
-    on = args.bf16 and model.device.type == "cuda" and model.dtype == torch.float32
-    return torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
-
-
-def stopwatch(device: torch.device) -> Callable[[], float]:
-    """A function that returns the seconds since it was last called, what the GPU was still doing included."""
-    last = time.perf_counter()
-
-    def lap() -> float:
-        nonlocal last
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        before, last = last, time.perf_counter()
-        return last - before
-
-    return lap
-
-
-def pass_counter(model) -> Callable[[], int]:
-    """A function that returns how many sequences have gone forward through the model since it was last called."""
-    sizes: list[int] = []
-    model.base_model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output[0])))
-
-    def count() -> int:
-        total = sum(sizes)
-        sizes.clear()
-        return total
-
-    return count
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: on the GPU by tensors, elsewhere by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-# Several processes (torchrun). Alone, each of these does nothing.
+        run = wandb.init(project="agrpo", name=Path(args.output_dir).name, config=asdict(args))
+        return lambda metrics: run.log(metrics, step=metrics["update"])
+    return lambda metrics: None
 
 
 def rank() -> int:
@@ -864,146 +632,67 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_ranks(values: list[float]) -> list[float]:
-    if world_size() == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def any_rank(flag: bool) -> bool:
-    return sum_over_ranks([float(flag)])[0] > 0
+def mean_over_ranks(metrics: dict) -> dict[str, float]:
+    values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
+    if world_size() > 1:
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return dict(zip(metrics, (values / world_size()).tolist()))
 
 
 def wait_for_all_ranks() -> None:
-    any_rank(False)
+    mean_over_ranks({})
 
 
-def average_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Means over processes; what is a mean over tokens looked at is weighted by them, and counts are added up."""
-    if world_size() == 1:
-        return metrics
-    weighted = {name: value * (metrics["tokens"] if name in PER_TOKEN else 1) for name, value in metrics.items()}
-    total = dict(zip(metrics, sum_over_ranks(list(weighted.values()))))
-    for name in metrics:
-        if name in PER_TOKEN:
-            total[name] /= max(1, total["tokens"])
-        elif name != "tokens" and "passes" not in name and "per_second" not in name:
-            total[name] /= world_size()
-    return total
-
-
-def average_gradients(model) -> None:
-    """Mean of the gradients over processes. One without any row to learn from takes part with zeros; if that goes for
-    all of them there is no gradient, as in a single process."""
-    if world_size() == 1 or not any_rank(any(p.grad is not None for p in model.parameters())):
+def average_gradients(params: list[Tensor]) -> None:
+    """Mean of the gradients over processes; those that had nothing to learn from take part with zeros."""
+    if world_size() == 1 or not mean_over_ranks({"any": any(p.grad is not None for p in params)})["any"]:
         return
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-            p.grad /= world_size()
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+        p.grad /= world_size()
 
 
-# Interrupted and resumed runs.
-
-
-def stop_after_this_update() -> list:
-    """A list that is empty until Ctrl-C or SIGTERM. The second one raises KeyboardInterrupt as usual."""
-    asked: list[int] = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        with contextlib.suppress(BrokenPipeError):  # `| tee` has ended by the same Ctrl-C
-            tqdm.write("Stopping: finishing this update and saving. (Once more to stop at once.)")
-
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return asked
-
-
-def save_training_state(run: Path, update: int, model, tokenizer, optimizer, keep: int) -> None:
-    """Write run/checkpoint-N: the model, and the optimizer for a resumed run. All of it or nothing: it is written aside
-    and renamed when whole; then all but the newest `keep` are removed."""
+def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> None:
+    """Write run/checkpoint-N, the model and the optimizer, and keep the newest two. It is renamed when whole, so that a
+    killed process leaves no half of one."""
     if rank() == 0:
-        for unfinished in run.glob("checkpoint-*.part"):  # of a killed run
-            shutil.rmtree(unfinished)
-        aside = run / f"checkpoint-{update}.part"
+        aside, final = run / "checkpoint.part", run / f"checkpoint-{update}"
+        shutil.rmtree(aside, ignore_errors=True)
         save_model(model, tokenizer, aside)
         state = optimizer.state_dict()["state"]
         tensors = {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
         save_file(tensors, aside / "optimizer.safetensors")
-        shutil.rmtree(run / f"checkpoint-{update}", ignore_errors=True)
-        aside.rename(run / f"checkpoint-{update}")
-        for old in checkpoints(run)[:-keep]:
+        aside.rename(final)
+        for old in checkpoints(run)[:-2]:
             shutil.rmtree(old)
     wait_for_all_ranks()
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def last_checkpoint(run: Path) -> str:
-    found = checkpoints(run)
-    return f"the last whole checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "there is no checkpoint yet"
 
 
-def restore_training_state(run: Path, optimizer) -> int:
-    """Load the optimizer from the newest checkpoint and cut the logs back to it; returns the updates made so far."""
-    done, saved = 0, checkpoints(run)
-    if saved:
-        done, state = int(saved[-1].name.split("-")[1]), {}
-        file, parameters = saved[-1] / "optimizer.safetensors", optimizer.param_groups[0]["params"]
-        tensors = read_tensors(file)
-        shapes = {f"{i}.{name}": p.shape for i, p in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")}
-        shapes |= {f"{i}.step": torch.Size([]) for i in range(len(parameters))}
-        if len(tensors) % 3 or any(shapes.get(key) != tensor.shape for key, tensor in tensors.items()):
-            raise BadInput(f"{file} is not of this model; remove its folder to go back one checkpoint")
-        for key, tensor in tensors.items():
+def load_training_state(run: Path, optimizer) -> int:
+    """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it, return the updates made so far."""
+    done, state = 0, {}
+    for newest in checkpoints(run)[-1:]:
+        done = int(newest.name[11:])
+        for key, tensor in load_file(newest / "optimizer.safetensors").items():
             i, name = key.split(".")
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for log in (run / "metrics.jsonl", run / "completions.jsonl"):
-        if log.exists() and rank() == 0:
-            kept = []
-            for line in log.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run may leave half a line
-                    if json.loads(line)["update"] <= done:
-                        kept.append(line + "\n")
-            write_whole(log, "".join(kept))
+    log = run / "metrics.jsonl"
+    if log.exists() and rank() == 0:
+        write_whole(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
     return done
-
-
-class BadInput(ValueError):
-    """What was given cannot work: the message says why and what to do, and is all that the scripts print."""
-
-
-@contextlib.contextmanager
-def refused_as(what: str):
-    """Whatever a library raises over a file that is damaged or made up becomes one sentence that begins with `what`."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:  # noqa: BLE001 - which exception it is depends on the library and on the damage
-        first_line = (str(error).splitlines() or [""])[0]
-        raise BadInput(f"{what} ({type(error).__name__}: {first_line:.300})") from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    with refused_as(f"{path} is missing or damaged; remove its folder to go back one checkpoint"):
-        return load_file(path)
-
-
-def read_json(path: Path) -> dict:
-    with refused_as(f"{path} is not readable as a JSON object"):
-        return {**json.loads(path.read_text(encoding="utf-8"))}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1012,93 +701,61 @@ def write_whole(path: Path, text: str) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def append_line(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+# ===== 6. Tasks: examples, prompts, rewards ===========================================================================
 
 
-def reporter(args: "Settings") -> Callable[[dict], None]:
-    """A function that writes one update's metrics to metrics.jsonl and wherever --report_to says; rank 0 only."""
-    if rank() > 0:
-        return lambda metrics: None
-    run, also = Path(args.output_dir), lambda metrics: None
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(run)
-        also = lambda metrics: [writer.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
-    if args.report_to == "wandb":
-        import wandb
-
-        wandb.init(project="agrpo", name=run.name, dir=run, config=asdict(args))
-        also = lambda metrics: wandb.log(metrics, step=metrics["update"])
-
-    def report(metrics: dict) -> None:
-        append_line(run / "metrics.jsonl", metrics)
-        also(metrics)
-
-    return report
-
-
-# ======================================================================================================================
-# 6. Tasks: examples, prompts, rewards
-# ======================================================================================================================
+class BadInput(ValueError):
+    """What was given cannot work. The message says why and what to do, and is all that the scripts print."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on. An example is a dict; what is in it is between the functions of one task.
+    """What to train on. An example is a dict; question and plain are templates over it.
 
-    A model with a chat template is asked `question` and must write <reasoning>...</reasoning><answer>...</answer>; one
-    without (the tiny model) is shown `plain`, where there is one, and its whole completion is the answer.
+    A model is asked the question and must write <reasoning>...</reasoning><answer>...</answer>. Where there is `plain`,
+    for models without a chat template like the tiny one, it is shown that, and its whole completion is the answer.
     """
 
-    examples: Callable[[str, "Settings"], list[dict]]  # ("train" or "test", settings) -> examples
-    question: Callable[[dict], str]
-    is_right: Callable[[dict, str], bool]  # (example, answer) -> whether it is right
-    plain: Callable[[dict], str] | None = None
-    credit: Callable[[dict, str], float] = lambda example, answer: 0.0  # for a wrong answer too, from 0 to 1
-    picture: Callable[[dict, str], str] | None = None  # (example, answer) -> how a person would look at it
+    question: str
+    is_right: Callable[[dict, str], bool]  # (example, answer)
+    columns: dict[str, tuple[str, str]]  # field of an example -> (column of a data set, what its values look like)
+    hub: dict[str, str] | None = None  # split -> data set
+    create: Callable[[str, int], list[dict]] | None = None  # (split, seed) -> examples, where there is no --data
+    plain: str | None = None
+    credit: Callable[[dict, str], float] = lambda example, answer: 0.0  # partial credit, from 0 to 1
+    picture: Callable[[dict, str], str] | None = None
+
+    def examples(self, split: str, args: "Settings") -> list[dict]:
+        """Examples of "train" or "test": from --data, made here, or from the hub."""
+        if self.create and (split == "train" or not args.data):
+            return self.create(split, args.seed)
+        return read_rows(args.data or self.hub[split], split, self.columns)
+
+    def for_model(self, tokenizer) -> "Task":
+        return replace(self, plain=None) if tokenizer.chat_template else self
 
     def prompt(self, example: dict, tokenizer) -> str:
+        text = (self.plain or self.question).format(**example)
         if tokenizer.chat_template is None:
-            return (self.plain or self.question)(example)
-        messages = [{"role": "user", "content": self.question(example)}]
-        with refused_as("the tokenizer's chat template does not work"):
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return text
+        messages = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
-    def answer(self, completion: str, chat: bool) -> str | None:
-        """What the completion gives as its answer: all of it, or what is inside its <answer> tags; None unless there is
-        exactly one pair of them."""
-        if not chat and self.plain:
-            return completion.strip()
-        return inside_tags(completion, "answer")
+    def answer(self, completion: str) -> str | None:
+        return completion.strip() if self.plain else inside_tags(completion, "answer")
 
-    def grade(self, example: dict, completion: str, chat: bool) -> tuple[float, bool]:
-        """(reward, what training maximises; correct, what accuracy counts: the answer is right).
-
-        The reward is 3 for a right answer, partial credit, and 0.5 for each of the two pairs of tags, as in the
-        official release; where the whole completion is the answer, 1 for a right one, and partial credit: 2 for a
-        Sudoku solved.
-        """
-        answer = self.answer(completion, chat)
+    def grade(self, example: dict, completion: str) -> tuple[float, bool]:
+        """(reward, whether the answer is right). The reward is the official release's: 3 for a right answer, partial
+        credit, and 0.5 for each pair of tags. Where the whole completion is the answer: 1, and partial credit."""
+        answer = self.answer(completion)
         right = answer is not None and self.is_right(example, answer)
         credit = self.credit(example, answer) if answer is not None else 0.0
-        if self.plain and not chat:
-            return right + credit, right
-        return 3 * right + credit + 0.5 * sum(inside_tags(completion, tag) is not None for tag in TAGS), right
+        tags = sum(inside_tags(completion, tag) is not None for tag in ("reasoning", "answer"))
+        return right + credit if self.plain else 3 * right + credit + 0.5 * tags, right
 
-    def reward(self, example: dict, completion: str, chat: bool) -> float:
-        return self.grade(example, completion, chat)[0]
-
-    def correct(self, example: dict, completion: str, chat: bool) -> bool:
-        return self.grade(example, completion, chat)[1]
-
-    def show(self, example: dict, completion: str, chat: bool) -> str:
-        verdict = "right" if self.correct(example, completion, chat) else "wrong"
-        if not chat and self.plain and self.picture:
-            return self.picture(example, completion) + "\n    " + verdict
-        return completion + "\n" + verdict
+    def show(self, example: dict, completion: str) -> str:
+        text = self.picture(example, completion) if self.picture and self.plain else completion
+        return f"{text}\n    {'right' if self.grade(example, completion)[1] else 'wrong'}"
 
 
 def inside_tags(text: str, tag: str) -> str | None:
@@ -1108,137 +765,46 @@ def inside_tags(text: str, tag: str) -> str | None:
     return text.split(f"<{tag}>")[1].split(f"</{tag}>")[0].strip()
 
 
-TAGS = ("reasoning", "answer")
-FORMAT = "Think first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>"
+def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
+    """Examples from a file (to test on), a folder of train.* and test.*, or a hub id; .csv, .json, .jsonl or .parquet.
 
-
-def read_rows(path: str, split: str, columns: tuple[str, ...]) -> list[dict]:
-    """Rows of a local data set, as dicts of strings: a .jsonl, .json, .csv or .parquet file, or a folder of train.* and
-    test.* (or train-00000-of-00001.*, as on the hub).
-
-    Raises BadInput that names file and row where something is missing, empty or not text: nothing is skipped.
+    columns as in `Task`; where a pattern has a group, the group is the value. Raises BadInput that names what is wrong.
     """
-    files = [Path(path)]
-    if files[0].is_dir():
-        files = sorted(f for f in files[0].iterdir() if f.stem.split("-")[0] == split and f.suffix in DATA_FILES)
-        if not files or len({f.suffix for f in files}) > 1:
-            raise BadInput(f"--data {path}: this folder should hold one {split}.jsonl, .json, .csv or .parquet")
-    elif not files[0].is_file():
-        raise BadInput(f"--data {path}: no such file or folder")
-    elif split == "train":
-        raise BadInput(
-            f"--data {path}: give a folder of train.* and test.*, or it would be tested on what it was taught"
-        )
-    elif files[0].suffix not in DATA_FILES:
-        raise BadInput(f"--data {path}: give a .jsonl, .json, .csv or .parquet file, or a folder of them")
-    rows = []
-    for file in files:
-        try:
-            table = read_table(file)
-        except (ValueError, OSError, csv.Error, RecursionError) as error:
-            raise BadInput(f"--data {file}: not readable as {file.suffix} in UTF-8: {error}") from None
-        for number, row in enumerate(table, start=1):
-            where, row = f"--data {file}, row {number}", row if isinstance(row, dict) else {}
-            if None in row:
-                raise BadInput(f"{where}: more values than columns: {row[None]}")
-            missing = [name for name in columns if name not in row]
-            if missing:
-                raise BadInput(f"{where}: no {' and no '.join(missing)}; it has {', '.join(row) or 'no columns'}")
-            for name in columns:
-                text = str(row[name]).strip()
-                if type(row[name]) not in (str, int, float) or text in ("", "nan", "inf", "-inf"):
-                    raise BadInput(f"{where}: {name} is empty or not text: {row[name]!r:.50}")
-                if re.search("[\ud800-\udfff]", text):
-                    raise BadInput(f"{where}: {name} holds half a character: {row[name]!r:.50}")
-            rows.append({name: str(row[name]) for name in columns})
-    if not rows:
-        raise BadInput(f"--data {path}: no rows in it")
-    return rows
+    place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
+    name = re.compile(split + r"(-\d+-of-\d+)?\.(jsonl?|csv|parquet)")
+    folders = (place, place / "main", place / "data")  # the latter two on the hub
+    found = [sorted(f for f in folder.glob("*") if name.fullmatch(f.name)) for folder in folders]
+    files = [place] if place.is_file() else next(filter(None, found), [])
+    if (
+        not files
+        or place.is_file()
+        and (split == "train" or place.suffix not in (".csv", ".json", ".jsonl", ".parquet"))
+    ):
+        raise BadInput(f"--data {source}: give a folder with a {split}.csv, .json, .jsonl or .parquet")
+    kind, wanted = files[0].suffix[1:].removesuffix("l"), [column for column, _ in columns.values()]
+    options = {"converters": dict.fromkeys(wanted, str)} if kind == "csv" else {}  # numbers would lose leading zeros
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", **options)
+    except Exception as error:  # noqa: BLE001 - each format has errors of its own
+        reason = (str(error.__cause__ or error) or "empty").splitlines()[0]
+        raise BadInput(f"--data {files[0]}: not readable, or no rows: {reason}") from None
+    missing = [column for column in wanted if column not in table.column_names] or ([] if len(table) else ["rows"])
+    if missing:
+        raise BadInput(f"--data {files[0]}: no {', '.join(missing)}; its columns: {', '.join(table.column_names)}")
+    examples = [{} for _ in table]
+    for field_name, (column, pattern) in columns.items():
+        for number, value in enumerate(table[column], start=1):
+            match = re.fullmatch(pattern, "" if value is None else str(value).strip(), re.DOTALL)
+            if not match:
+                raise BadInput(f"--data {files[0]}, row {number}: {column} does not look like {pattern}: {value!r:.80}")
+            examples[number - 1][field_name] = match[match.lastindex or 0]
+    return examples
 
 
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def read_table(file: Path) -> list[dict]:
-    if file.suffix == ".parquet":
-        import datasets
-
-        datasets.disable_progress_bars()
-        try:
-            return datasets.Dataset.from_parquet(str(file)).to_list()
-        except Exception as error:  # noqa: BLE001 - the errors of datasets and pyarrow have no ancestor of their own
-            raise ValueError(str(error)) from None
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".csv":  # all as text: read as numbers, a Sudoku would lose its leading zeros
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
-            raise ValueError(f"a column stands twice in {', '.join(table.fieldnames)}")
-        return list(table)
-    if file.suffix == ".json":
-        rows = json.loads(text)
-        return rows if isinstance(rows, list) else [rows]
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-    return rows
-
-
-# --- sudoku
-
-
-# A 4x4 Sudoku is written as its 16 cells, row by row, 0 for a blank. Its units: 4 rows, 4 columns, 4 boxes.
+# A 4x4 Sudoku is its 16 cells, row by row, 0 for a blank. Each of 4 rows, 4 columns and 4 boxes holds 1 to 4 once.
 ROWS = [[4 * r + c for c in range(4)] for r in range(4)]
-COLUMNS = [[4 * r + c for r in range(4)] for c in range(4)]
 BOXES = [[8 * r + 2 * c + i for i in (0, 1, 4, 5)] for r in range(2) for c in range(2)]
-UNITS = ROWS + COLUMNS + BOXES
-
-
-def all_grids() -> list[str]:
-    """All 288 4x4 grids, always in the same order."""
-    rows = ["".join(row) for row in itertools.permutations("1234")]
-    bands = [a + b for a, b in itertools.product(rows, rows) if set(a[:2] + b[:2]) == set(a[2:] + b[2:]) == set("1234")]
-    return [a + b for a, b in itertools.product(bands, bands) if sudoku_right({"puzzle": "0" * 16}, a + b)]
-
-
-def sudoku_examples(split: str, args: "Settings") -> list[dict]:
-    """Puzzles of 10 to 14 blanks; most have several solutions, and any of them is right.
-
-    240 of the 288 grids are for training (64 puzzles each, drawn with the seed) and 48 for testing (8 puzzles each,
-    the same for every seed). With --data, the test puzzles are the file's (columns Puzzle and Solution).
-    """
-    if split == "test" and args.data:
-        rows = read_rows(args.data, split, ("Puzzle", "Solution"))
-        puzzles = [{"puzzle": row["Puzzle"], "solution": row["Solution"]} for row in rows]
-        for number, example in enumerate(puzzles, start=1):
-            puzzle, solution = example.values()
-            if not re.fullmatch("[0-4]{16}", puzzle) or not sudoku_right(example, solution):
-                why = "Puzzle must be 16 digits 0 to 4 (leading zeros included) and Solution a full grid that fits it"
-                raise BadInput(f"--data {args.data}, row {number}: {why}, not {puzzle!r} and {solution!r}")
-        return puzzles
-    grids = random.Random("grids").sample(all_grids(), 288)
-    rng = random.Random(f"{args.seed} puzzles" if split == "train" else "test puzzles")
-    puzzles = []
-    for grid in grids[:240] * 64 if split == "train" else grids[240:] * 8:
-        blank = rng.sample(range(16), rng.randint(10, 14))
-        puzzles.append({"puzzle": "".join("0" if i in blank else grid[i] for i in range(16)), "solution": grid})
-    return puzzles
-
-
-def sudoku_question(example: dict) -> str:
-    rows = "\n".join(example["puzzle"][i : i + 4] for i in range(0, 16, 4))
-    return (
-        "Fill in this 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4 once; 0 is a blank.\n\n"
-        f"{rows}\n\n{FORMAT}: the 16 digits, row by row. For example, 1000 0010 0300 0003 is solved by "
-        "<answer>1234341223414123</answer>."
-    )
-
-
-def sudoku_right(example: dict, answer: str) -> bool:
-    """Whether the answer is a full grid that keeps every clue of the puzzle."""
-    return sudoku_credit(example, answer) == 1
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
@@ -1246,100 +812,68 @@ def sudoku_credit(example: dict, answer: str) -> float:
     cells = "".join(answer.split()) if len(answer) <= 100 else ""
     if len(cells) != 16 or not all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells)):
         return 0.0
-    return sum({cells[i] for i in unit} == set("1234") for unit in UNITS) / len(UNITS)
+    return sum({cells[i] for i in unit} == set("1234") for unit in [*ROWS, *zip(*ROWS), *BOXES]) / 12
 
 
 def sudoku_picture(example: dict, answer: str) -> str:
-    """Puzzle and answer side by side, as grids."""
     puzzle, cells = example["puzzle"].replace("0", "."), answer.ljust(16)
-    return "\n".join(
-        "    " + " ".join(puzzle[i] for i in row) + "   " + " ".join(cells[i] for i in row) for row in ROWS
-    )
+    line = lambda text, row: " ".join(text[i] for i in row)
+    return "\n".join(f"    {line(puzzle, row)}   {line(cells, row)}" for row in ROWS)
 
 
-# --- countdown
+def sudoku_create(split: str, seed: int) -> list[dict]:
+    """Puzzles of 10 to 14 blanks; most have several solutions, and any of them is right. 240 of the 288 grids are to
+    train on (64 puzzles each, drawn with the seed), 48 to test on (8 each, always the same)."""
+    lines = ["".join(line) for line in itertools.permutations("1234")]
+    bands = [a + b for a in lines for b in lines if set(a[:2] + b[:2]) == set(a[2:] + b[2:]) == set("1234")]
+    grids = [a + b for a in bands for b in bands if sudoku_credit({"puzzle": "0" * 16}, a + b) == 1]
+    grids = random.Random("grids").sample(grids, 288)
+    rng, puzzles = random.Random(f"{seed} puzzles" if split == "train" else "test puzzles"), []
+    for grid in grids[:240] * 64 if split == "train" else grids[240:] * 8:
+        blank = rng.sample(range(16), rng.randint(10, 14))
+        puzzles.append({"puzzle": "".join("0" if i in blank else grid[i] for i in range(16)), "solution": grid})
+    return puzzles
 
 
-def countdown_examples(split: str, args: "Settings") -> list[dict]:
-    """Three numbers and a target that they make, each used once. From the seed (the test problems always the same), or,
-    for testing, from --data: columns input ("30,100,93") and output ("23")."""
-    if split == "test" and args.data:
-        problems = []
-        for number, row in enumerate(read_rows(args.data, split, ("input", "output")), start=1):
-            good = re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})+", row["input"]) and re.fullmatch("[0-9]{1,9}", row["output"])
-            if not good:
-                raise BadInput(f'--data {args.data}, row {number}: wanted input like "30,100,93" and output like "23"')
-            problems.append({"numbers": [int(n) for n in row["input"].split(",")], "target": int(row["output"])})
-        return problems
-    rng, problems = random.Random(f"{args.seed} countdown" if split == "train" else "countdown test"), []
+def countdown_create(split: str, seed: int) -> list[dict]:
+    """Three numbers and the value of an expression of them: 4,096 to train on, drawn with the seed, 256 to test on."""
+    rng, problems = random.Random(f"{seed} countdown" if split == "train" else "countdown test"), []
     while len(problems) < (4096 if split == "train" else 256):
         a, b, c = (rng.randint(1, 99) for _ in range(3))
         first, second = rng.choice("+-*/"), rng.choice("+-*/")
         target = arithmetic(rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"]))
         if target is not None and target.denominator == 1 and 0 < target < 1000:
-            problems.append({"numbers": rng.sample([a, b, c], 3), "target": int(target)})
+            problems.append({"numbers": ",".join(map(str, rng.sample([a, b, c], 3))), "target": str(target)})
     return problems
 
 
-def countdown_question(example: dict) -> str:
-    numbers = ", ".join(map(str, example["numbers"]))
-    return (
-        f"Write an expression that equals {example['target']}, using each of the numbers {numbers} exactly once, and "
-        f"+, -, *, / and parentheses. {FORMAT}: the expression alone, such as <answer>(1 + 2) * 3</answer> for 9."
-    )
-
-
 def countdown_right(example: dict, answer: str) -> bool:
-    """Whether the answer is an expression of the target from exactly the given numbers ("= target" may follow it)."""
-    answer = " ".join(answer.replace("×", "*").replace("÷", "/").split())
-    expression, equals, target = answer.partition("=")
-    if len(answer) > 200 or equals and target.strip() != str(example["target"]):
+    """Whether it is an expression of the target from exactly the given numbers; "= target" may follow it."""
+    expression, equals, target = answer.replace("×", "*").replace("÷", "/").partition("=")
+    if len(answer) > 200 or equals and target.strip() != example["target"]:
         return False
-    used = sorted(re.findall(r"\d+", expression))
-    return used == sorted(map(str, example["numbers"])) and arithmetic(expression) == example["target"]
-
-
-def arithmetic(expression: str) -> Fraction | None:
-    """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
-        return None
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        raise ValueError("neither a number nor one of the four operations")  # ** or // or a sign
-
-    try:
-        with warnings.catch_warnings(action="ignore"):  # "3(4)" makes the parser offer advice
-            return value(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError):
-        return None
+    used = sorted(re.findall("[0-9]+", expression))
+    return used == sorted(example["numbers"].split(",")) and arithmetic(expression) == int(example["target"])
 
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-# --- gsm8k and math
+def arithmetic(expression: str) -> Fraction | None:
+    """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
 
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
 
-def gsm8k_examples(split: str, args: "Settings") -> list[dict]:
-    """Grade-school word problems (arXiv 2110.14168) from the hub, or from --data: columns question and answer, whose
-    last line is #### and the number."""
-    source = args.data or str(from_hub("openai/gsm8k", "dataset", ["main/*.parquet"]) / "main")
-    rows = read_rows(source, split, ("question", "answer"))
-    for number, row in enumerate(rows, start=1):
-        row["gold"] = row["answer"].rpartition("####")[2].strip()
-        if "####" not in row["answer"] or single_number(row["gold"]) is None:
-            raise BadInput(f"--data {source}, {split} row {number}: its answer does not end in #### and a number")
-    return rows
-
-
-def gsm8k_question(example: dict) -> str:
-    return (
-        f"{example['question']}\n\n{FORMAT}: the number alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
-    )
+    expression = " ".join(expression.split())
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression) or re.search(r"[0-9)] *\(", expression):
+        return None
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, KeyError, AttributeError):  # the last two: **, // or a sign
+        return None
 
 
 def gsm8k_right(example: dict, answer: str) -> bool:
@@ -1366,9 +900,8 @@ AROUND = re.compile(r"[\\$]+(?![0-9.\\$])|(?<![0-9.,\\$])[\\$]+")  # $ and \ bef
 
 
 def single_number(text: str) -> Fraction | None:
-    """The number in a text that holds exactly one, negative if a minus stands before it with no letter between; None
-    for none, several, numeric signs other than 0 to 9, or a text of over 100 characters. Words are not read: 72 thousand
-    is 72."""
+    """The number in a text that holds exactly one, negative if a minus stands before it with no letter between. None
+    for none, several, digits other than 0 to 9, or over 100 characters. Words are not read: 72 thousand is 72."""
     if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
     text = AROUND.sub("", MINUS.sub("-", text.replace("{,}", ",")))
@@ -1379,39 +912,13 @@ def single_number(text: str) -> Fraction | None:
     return -value if re.search(r"-\W*$", text[: found[0].start()]) else value
 
 
-def math_examples(split: str, args: "Settings") -> list[dict]:
-    """Competition MATH (arXiv 2103.03874), levels 1 to 4, to train on and MATH-500 to test on, from the hub; or --data:
-    columns problem, solution (which ends in a \\boxed answer) and level."""
-    math_verify()
-    if args.data:
-        source = args.data
-    elif split == "test":
-        source = str(from_hub("HuggingFaceH4/MATH-500", "dataset", ["test.jsonl"]))
-    else:
-        source = str(from_hub("DigitalLearningGmbH/MATH-lighteval", "dataset", ["data/*.parquet"]) / "data")
-    rows = read_rows(source, split, ("problem", "solution", "level"))
-    for number, row in enumerate(rows, start=1):
-        row["level"] = row["level"].removeprefix("Level ")
-        if "\\boxed" not in row["solution"] or row["level"] not in ("1", "2", "3", "4", "5", "?"):
-            why = "solution must give its answer in \\boxed{}, and level be 1 to 5"
-            raise BadInput(f"--data {source}, {split} row {number}: {why}")
-    easier = [row for row in rows if row["level"] in ("1", "2", "3", "4")]
-    if split == "train" and not easier:
-        raise BadInput(f"--data {source}: no problem of level 1 to 4 to train on")
-    return easier if split == "train" else rows
-
-
-def math_question(example: dict) -> str:
-    form = f"{FORMAT}: the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
-    return f"{example['problem']}\n\n{form}"
-
-
 def math_right(example: dict, answer: str) -> bool:
-    """Whether math-verify finds what is in \\boxed{} equal to the solution's; the text around it is not looked at."""
+    r"""Whether math-verify finds what is in \boxed{} equal to the solution's; the text around it is not looked at."""
+    from math_verify import parse, verify
+
     inside = boxed(answer) if len(answer) <= 500 else None
     if not inside or not inside.strip():
         return False
-    parse, verify = math_verify()
     try:  # a second each: 9^{9^9} must not hold up a group
         gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], f"\\boxed{{{inside}}}"))
         return bool(verify(gold, found, timeout_seconds=1))
@@ -1419,208 +926,130 @@ def math_right(example: dict, answer: str) -> bool:
         return False
 
 
-def math_verify():
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise BadInput(
-            "--task math compares answers with the package math-verify: pip install 'math-verify[antlr4_13_2]'"
-        )
-    return parse, verify
-
-
+FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
 TASKS = {
     "sudoku": Task(
-        examples=sudoku_examples,
-        question=sudoku_question,
-        is_right=sudoku_right,
-        plain=lambda example: example["puzzle"],
-        credit=sudoku_credit,
-        picture=sudoku_picture,
+        "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
+        "is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341223414123</answer>.",
+        lambda example, answer: sudoku_credit(example, answer) == 1,
+        {"puzzle": ("Puzzle", "[0-4]{16}"), "solution": ("Solution", "[1-4]{16}")},
+        create=sudoku_create, plain="{puzzle}", credit=sudoku_credit, picture=sudoku_picture,
     ),
-    "countdown": Task(countdown_examples, countdown_question, countdown_right),
-    "gsm8k": Task(gsm8k_examples, gsm8k_question, gsm8k_right),
-    "math": Task(math_examples, math_question, math_right),
-}
+    "countdown": Task(
+        "Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, / and "
+        "parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9.",
+        countdown_right, {"numbers": ("input", "[0-9]+(?:,[0-9]+)+"), "target": ("output", "[0-9]+")},
+        create=countdown_create,
+    ),
+    "gsm8k": Task(  # arXiv 2110.14168
+        "{question}" + FORMAT + "the number alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>.",
+        gsm8k_right, {"question": ("question", ".+"), "gold": ("answer", r".*####\s*(-?\$?[0-9.,]*[0-9])")},
+        {"train": "openai/gsm8k", "test": "openai/gsm8k"},
+    ),
+    "math": Task(  # arXiv 2103.03874
+        "{problem}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>.",
+        math_right, {"problem": ("problem", ".+"), "solution": ("solution", r".*\\boxed.*")},
+        {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"},
+    ),
+}  # fmt: skip
 
 
-# ======================================================================================================================
-# 7. Models
-# ======================================================================================================================
+# ===== 7. Models ======================================================================================================
 
 
 def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from.
 
-    name_or_path: "tiny" (freshly initialised; see `pretrain`), a LLaDA or Dream checkpoint (hub id or folder), or what
-    this project saved: a run's folder, one of its checkpoints, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2 whose
-    attention is not causal, so transformers' own classes hold them and no remote code runs.
-    Raises BadInput, with what to do, for anything else and for checkpoints with missing or unexpected weights.
+    name_or_path: "tiny" (not trained yet), a LLaDA or Dream checkpoint (hub id or folder), or a folder that this file
+    saved: a run, a checkpoint, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2, both without the causal mask, so
+    transformers' own classes hold them: no remote code, safetensors only. Raises BadInput for anything else.
     """
     if name_or_path == "tiny":
-        tokenizer = character_tokenizer()
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=384,
-            max_position_embeddings=128,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.1,  # the usual 0.02 is for wide models; here it takes far longer to get going
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return BertForMaskedLM(config).to(device, dtype).eval(), tokenizer, tokenizer.mask_token_id
-
+        return tiny_model(device, dtype)
     folder = find_checkpoint(name_or_path, device)
-    if (folder / "adapter_config.json").is_file():
-        adapter = read_json(folder / "adapter_config.json")
-        base, r, alpha = (adapter.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
-        numbers = type(r) is int and 0 < r <= 4096 and type(alpha) in (int, float) and 0 < alpha <= 1e6
-        if not isinstance(base, str) or not numbers:
-            raise BadInput(f"{folder}: adapter_config.json does not give base_model_name_or_path, r and lora_alpha")
-        if adapter.get("peft_type") != "LORA" or any(adapter.get(name) for name in NOT_PLAIN_LORA):
-            raise BadInput(f"{folder}: not plain LoRA: without {', '.join(NOT_PLAIN_LORA)} it could be read")
-        if (find_checkpoint(base, device) / "adapter_config.json").exists():
-            raise BadInput(f"{folder}: the base model that adapter_config.json names, {base}, is an adapter itself")
-        model, tokenizer, mask_id = load_model(base, device, dtype)
-        add_lora(model, r, alpha)
-        model.load_state_dict(lora_weights(model, read_tensors(folder / "adapter_model.safetensors")), strict=False)
+    if (folder / "adapter_config.json").exists():
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        if any(adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
+            raise BadInput(f"{folder} is no plain LoRA adapter, the only kind that this file reads")
+        model, tokenizer, mask_id = load_model(adapter["base_model_name_or_path"], device, dtype)
+        add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"])
+        weights, saved = lora_weights(model), load_file(folder / "adapter_model.safetensors")
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in saved.items()}:
+            raise BadInput(f"{folder} is an adapter of other layers than this file trains in {model.name_or_path}")
+        for name, weight in weights.items():
+            weight.data.copy_(saved[name])
         return model, tokenizer, mask_id
 
-    raw, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
-    with refused_as(f"{index} is damaged"):
-        shards = set(read_json(index)["weight_map"].values()) if index.exists() else ()
-        if any(Path(file).name != file or Path(file).suffix != ".safetensors" for file in shards):
-            raise BadInput(f"{index} names files that are not .safetensors in its folder")
-    elsewhere = [name for name in OTHER_FILES if isinstance(tokenizer_settings(folder).get(name), (str, list))]
-    if elsewhere:
-        raise BadInput(f"{folder / 'tokenizer_config.json'} names files to read instead of its own: {elsewhere[0]}")
-    with refused_as(f"{folder / 'config.json'} describes no model"):
-        architecture, config, key_mapping = native_architecture(raw, name_or_path)
-        if not 0 < config.num_hidden_layers <= 1000:
-            raise BadInput(f"{name_or_path}: config.json has {config.num_hidden_layers} layers")
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in architecture(config).parameters())
-    refuse_on_cpu(name_or_path, size, device)
-    options = {"key_mapping": key_mapping, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with refused_as(f"{folder}: weights missing or damaged"):
-        model, loaded = architecture.from_pretrained(folder, config=config, **options)
+    raw = json.loads((folder / "config.json").read_text())
+    kind = raw.get("model_type")
+    if kind not in MODELS:
+        raise BadInput(f"{name_or_path} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
+    model_class, extra = MODELS[kind]
+    own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
+    keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
+    given = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
+    config = model_class.config_class(**given | extra | {"use_cache": False})
+    with torch.device("meta"):
+        refuse_on_cpu(name_or_path, model_class(config).num_parameters(), device)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["key_mapping"] = LLADA_WEIGHTS if kind == "llada" else None
+    model, loaded = model_class.from_pretrained(folder, config=config, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[problem]:
-            names = ", ".join(sorted(map(str, loaded[problem]))[:5])
-            raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {names} ({len(loaded[problem])} in all)")
-    tokenizer_class = Qwen2Tokenizer if raw["model_type"] == "Dream" else AutoTokenizer  # Dream's own is remote code
-    with refused_as(f"{folder}: tokenizer missing or damaged"):
-        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
-        if tokenizer.eos_token is None:
-            raise BadInput(f"{folder}: the tokenizer names no eos_token, with which a completion ends")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        tokenizer(["a"], padding=True)
-        largest = max(tokenizer.get_vocab().values())
+            raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {sorted(map(str, loaded[problem]))[:5]}")
+    tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer  # Dream's own is remote code
+    tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
-    if type(mask_id) is not int or not 0 <= mask_id < config.vocab_size or largest >= config.vocab_size:
-        raise BadInput(
-            f"{folder}: the model's tokens are 0 to {config.vocab_size - 1}, but the tokenizer has {largest}, and "
-            f"mask_token_id is {mask_id!r:.50}"
-        )
+    if mask_id is None or tokenizer.eos_token_id is None:
+        raise BadInput(f"{name_or_path}: no mask_token_id in config.json, or no eos_token in the tokenizer")
     model.raw_config = raw
-    # An adapter names its base by this: of a run not the folder, whose newest checkpoint will be another one.
-    model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
+    model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path  # for an adapter's base
     return model.to(device).eval(), tokenizer, mask_id
 
 
-OTHER_FILES = ("fast_tokenizer_files", "vocab", "merges")
-
-
-def tokenizer_settings(folder: Path) -> dict:
-    file = folder / "tokenizer_config.json"
-    with refused_as(f"{folder}: tokenizer missing or damaged"):
-        return {**json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
-
-
-def native_architecture(raw: dict, name: str):
-    """transformers' (class, config, key_mapping) for a checkpoint's config.json; BadInput for any but ours."""
-    kind = raw.get("model_type")
-    # Only what describes the architecture: other keys could choose code to fetch, or what a forward pass returns.
-    if kind == "bert":
-        return BertForMaskedLM, BertConfig(**{key: raw[key] for key in BertConfig.__annotations__ if key in raw}), None
-    if kind == "Dream":
-        ours = {key: raw[key] for key in (*Qwen2Config.__annotations__, "rope_theta", "rope_scaling") if key in raw}
-        return Qwen2ForCausalLM, Qwen2Config(**ours | {"is_causal": False, "logits_shift": 1, "use_cache": False}), None
-    if kind != "llada":
-        raise BadInput(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
-    llama = {"block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "alibi": False, "rope": True}
-    llama |= dict.fromkeys(("include_bias", "include_qkv_bias", "input_emb_norm", "attention_layer_norm"), False)
-    for key, value in llama.items():
-        if raw.get(key, value) != value:
-            raise BadInput(f"{name}: config.json has {key} = {raw[key]!r}; as a Llama it would need {value!r}")
-    theirs = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "intermediate_size": "mlp_hidden_size",
-        "vocab_size": "embedding_size",
-        "rms_norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_theta",
-        "max_position_embeddings": "max_sequence_length",
-        "tie_word_embeddings": "weight_tying",
-    }
-    missing = [key for key in theirs.values() if raw.get(key) is None]
-    if missing:
-        raise BadInput(f"{name}: config.json lacks {', '.join(missing)}")
-    config = LlamaConfig(is_causal=False, use_cache=False, **{ours: raw[key] for ours, key in theirs.items()})
-    return LlamaForCausalLM, config, LLADA_WEIGHTS
-
-
-LLADA_WEIGHTS = {  # LLaDA's names -> Llama's, as patterns
-    rf"^model\.transformer\.{theirs}\.": f"{ours}."
-    for theirs, ours in {
-        "wte": "model.embed_tokens",
-        "ln_f": "model.norm",
-        "ff_out": "lm_head",
-        r"blocks\.(\d+)\.attn_norm": r"model.layers.\1.input_layernorm",
-        r"blocks\.(\d+)\.ff_norm": r"model.layers.\1.post_attention_layernorm",
-        r"blocks\.(\d+)\.q_proj": r"model.layers.\1.self_attn.q_proj",
-        r"blocks\.(\d+)\.k_proj": r"model.layers.\1.self_attn.k_proj",
-        r"blocks\.(\d+)\.v_proj": r"model.layers.\1.self_attn.v_proj",
-        r"blocks\.(\d+)\.attn_out": r"model.layers.\1.self_attn.o_proj",
-        r"blocks\.(\d+)\.ff_proj": r"model.layers.\1.mlp.gate_proj",
-        r"blocks\.(\d+)\.up_proj": r"model.layers.\1.mlp.up_proj",
-        r"blocks\.(\d+)\.ff_out": r"model.layers.\1.mlp.down_proj",
-    }.items()
+MODELS = {  # model_type: transformers' class, and what its config needs besides
+    "bert": (hf.BertForMaskedLM, {}),
+    "Dream": (hf.Qwen2ForCausalLM, {"is_causal": False, "logits_shift": 1}),
+    "llada": (hf.LlamaForCausalLM, {"is_causal": False}),
 }
+LLADA_CONFIG = {  # Llama's name: LLaDA's
+    "hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size", "vocab_size": "embedding_size",
+    "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "max_position_embeddings": "max_sequence_length",
+    "tie_word_embeddings": "weight_tying",
+}  # fmt: skip
+LLADA_LAYER = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out", "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out",
+}  # fmt: skip
+LLADA_WEIGHTS = {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for ours, theirs in LLADA_LAYER.items()}
+LLADA_WEIGHTS |= {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_WEIGHTS.items()}
 
 
 def find_checkpoint(name: str, device: str | torch.device) -> Path:
-    """The folder of a checkpoint: the path itself (for a run, its newest checkpoint), or what the hub has by that name.
-
-    Raises BadInput within seconds where it cannot be had, or is too big for where it is to go.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        folder = (checkpoints(folder) or [folder])[-1]
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise BadInput(f"{name}: no config.json or adapter_config.json in this folder, so it is no checkpoint")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise BadInput(f"{name}: no such folder; give 'tiny', a folder, or a hub id like GSAI-ML/LLaDA-8B-Instruct")
-    return from_hub(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja"], device)
+    """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
+    folder = local_or_hub(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja"], device)
+    folder = (checkpoints(folder) or [folder])[-1]
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
+    return folder
 
 
-def from_hub(name: str, kind: str, files: list[str], device: str | torch.device | None = None) -> Path:
-    """The folder of a hub repository ("model" or "dataset"): downloaded, or cached where the hub is out of reach.
-
-    One short question first: the hub's own clients retry for minutes before they say that there is no network.
-    """
+def local_or_hub(name: str, kind: str, files: list[str], device="cpu") -> Path:
+    """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
+    if Path(name).exists():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise BadInput(f"{name}: no such file or folder, and no hub id like GSAI-ML/LLaDA-8B-Instruct")
     info = None
-    try:
+    try:  # one short question: the hub's own clients retry for minutes before they say that there is no network
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)
     except RepositoryNotFoundError:
         raise BadInput(
-            f"{name}: the hub has no such {kind}, or keeps it for those who log in (hf auth login)"
+            f"{name}: neither a file or folder here nor a public {kind} on the hub (hf auth login?)"
         ) from None
     except Exception:  # noqa: BLE001, S110 - no network: which exception that is depends on the hub's HTTP client
         pass
@@ -1629,26 +1058,17 @@ def from_hub(name: str, kind: str, files: list[str], device: str | torch.device 
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=info is None))
     except OSError as error:
-        if info:
-            raise BadInput(f"{name}: not downloaded: {str(error).splitlines()[0]}") from None
-        instead = (
-            "--model FOLDER of a downloaded checkpoint" if kind == "model" else "--data FOLDER of downloaded files"
-        )
-        raise BadInput(
-            f"the {kind} {name} is not in the cache and the hub cannot be reached: give {instead}, point HF_HOME at a "
-            "cache that has it, or run plain `python agrpo.py`, which needs nothing"
-        ) from None
+        option, reason = {"model": "--model", "dataset": "--data"}[kind], str(error).splitlines()[0]
+        reason = reason if info else "it is not in the cache and the hub cannot be reached"
+        advice = f"give {option} FOLDER, set HF_HOME to a cache that has it, or run plain `python agrpo.py`"
+        raise BadInput(f"{kind} {name}: {reason}; {advice}") from None
 
 
 def refuse_on_cpu(name: str, size: int, device: str | torch.device) -> None:
     if torch.device(device).type == "cpu" and size > 2e9:
         raise BadInput(
-            f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: run it where there is a GPU, give a "
-            "small checkpoint by --model, or run plain `python agrpo.py`"
+            f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: use a GPU or another --model"
         )
-
-
-# --- LoRA
 
 
 class LoRALinear(torch.nn.Module):
@@ -1657,138 +1077,117 @@ class LoRALinear(torch.nn.Module):
     def __init__(self, base: torch.nn.Linear, r: int, alpha: float):
         super().__init__()
         self.base_layer, self.r, self.alpha = base, r, alpha
-        where = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = torch.nn.Parameter(torch.empty(r, base.in_features, **where))
-        self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, r, **where))  # so that nothing changes at first
-        torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        options = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = torch.nn.Linear(base.in_features, r, **options)
+        self.lora_B = torch.nn.Linear(r, base.out_features, **options)
+        torch.nn.init.zeros_(self.lora_B.weight)  # at first nothing changes
 
     def forward(self, x: Tensor) -> Tensor:
-        low = torch.nn.functional.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        return self.base_layer(x) + self.alpha / self.r * torch.nn.functional.linear(low, self.lora_B.to(x.dtype))
+        low = torch.nn.functional.linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
+        return self.base_layer(x) + self.alpha / self.r * torch.nn.functional.linear(
+            low, self.lora_B.weight.to(x.dtype)
+        )
+
+    def merged(self) -> torch.nn.Linear:
+        """The plain layer with B A added to its W, in float32."""
+        weight = self.base_layer.weight
+        delta = self.alpha / self.r * self.lora_B.weight.data @ self.lora_A.weight.data
+        weight.data = (weight.data.float() + delta).to(weight.dtype)
+        return self.base_layer
 
 
-NOT_PLAIN_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # what peft can save besides
+def replace_layers(model, kind: type, new: Callable) -> None:
+    for name, layer in list(model.base_model.named_modules()):  # without the output head
+        if isinstance(layer, kind):
+            parent, _, child = name.rpartition(".")
+            setattr(model.base_model.get_submodule(parent), child, new(layer))
 
 
 def add_lora(model, r: int, alpha: float) -> None:
-    """Freeze a model and put LoRA on each of its linear layers, the output head left out."""
+    """Freeze a model and put LoRA on each of its linear layers but the output head."""
     model.requires_grad_(False)
-    for name, module in list(model.base_model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.base_model.get_submodule(parent), child, LoRALinear(module, r, alpha))
-
-
-def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def lora_weights(model, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """peft's names in a file -> this model's names. Raises BadInput where the file is for another model."""
-    ours = peft_names(model)
-    wanted = {peft: tuple(model.get_parameter(name).shape) for peft, name in ours.items()}
-    odd = sorted(wanted.items() ^ {(name, tuple(tensor.shape)) for name, tensor in saved.items()})
-    if odd:
-        raise BadInput(
-            f"the adapter's weights are not this model's: {', '.join(f'{n} {shape}' for n, shape in odd[:4])}"
-        )
-    return {ours[name]: tensor for name, tensor in saved.items()}
-
-
-def peft_names(model) -> dict[str, str]:
-    """peft's name of each LoRA weight -> its name here."""
-    names = (name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B")))
-    return {f"base_model.model.{name}.weight": name for name in names}
+    replace_layers(model, torch.nn.Linear, lambda layer: LoRALinear(layer, r, alpha))
 
 
 def merge_lora(model):
-    """Add each B A into its W, in float32, and take LoRA away: the model is an ordinary checkpoint again."""
-    for name, layer in lora_layers(model).items():
-        base, delta = layer.base_layer, layer.alpha / layer.r * layer.lora_B.detach() @ layer.lora_A.detach()
-        base.weight.data = (base.weight.data.float() + delta).to(base.weight.dtype)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, base)
-    return model
+    """Take LoRA away, its weights added to the model's: an ordinary checkpoint again."""
+    replace_layers(model, LoRALinear, LoRALinear.merged)
+    return model.requires_grad_(True)
+
+
+def lora_weights(model) -> dict[str, Tensor]:
+    """LoRA's weights under peft's names."""
+    return {f"base_model.model.{name}": p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with."""
-    layers, folder = lora_layers(model), Path(folder)
+    folder, layers = Path(folder), {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if layers:
         folder.mkdir(parents=True)
-        tensors = {peft: model.get_parameter(name).detach().contiguous() for peft, name in peft_names(model).items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        first = next(iter(layers.values()))
-        config = {"peft_type": "LORA", "task_type": None, "r": first.r, "lora_alpha": first.alpha, "lora_dropout": 0.0}
-        config |= {"bias": "none", "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
-        config |= {"base_model_name_or_path": model.name_or_path, "inference_mode": True}
+        weights = {name: weight.detach().contiguous() for name, weight in lora_weights(model).items()}
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        layer, targets = next(iter(layers.values())), sorted({name.rpartition(".")[2] for name in layers})
+        config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": 0.0, "bias": "none"}
+        config |= {"target_modules": targets, "base_model_name_or_path": model.name_or_path, "task_type": None}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     else:
         model.save_pretrained(folder)
-        if getattr(model, "raw_config", None):  # LLaDA's weights go back under LLaDA's names, so its config must too
+        if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
             (folder / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     tokenizer.save_pretrained(folder)
 
 
-# --- the tiny model
+def tiny_model(device, dtype):
+    """A BERT of 367,396 weights over a tokenizer of one token per character: printable ASCII and the newline."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
+    vocabulary = {token: i for i, token in enumerate([*special.values(), *map(chr, range(32, 127)), "\n"])}
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    characters.decoder = tokenizers.decoders.Fuse()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
+    config = hf.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,  # the usual 0.02 is for wide models
+    )  # fmt: skip
+    return hf.BertForMaskedLM(config).to(device, dtype).eval(), tokenizer, tokenizer.mask_token_id
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: printable ASCII and the newline."""
-    special = ["[PAD]", "[UNK]", "[EOS]", "[MASK]"]
-    vocabulary = {token: i for i, token in enumerate(special + [chr(c) for c in range(32, 127)] + ["\n"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", mask_token="[MASK]"
-    )
-
-
-def pretrain(model, tokenizer, mask_id: int, examples: list[tuple[str, str]], args: "Settings") -> None:
+def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed: int, steps: int, batch: int = 256):
     """Teach a fresh model (prompt, completion) pairs with the masked-diffusion ELBO (arXiv 2406.07524).
 
-    Each completion has its tokens masked with probability t ~ U(0, 1); the loss is the cross-entropy of the masked
-    ones, weighted 1/t: an upper bound on -log p(completion | prompt). It stops early, at a given loss: every seed then
-    starts AGRPO from an equally good model, one that knows the rules and is not yet sure of them.
+    Each completion has its tokens masked with probability t ~ U(0, 1); the loss is the cross-entropy of the masked ones
+    weighted 1/t, an upper bound on -log p(completion | prompt). It stops at 3.2 nats: a model that knows the rules and
+    is not yet sure of them.
     """
-    prompts, completions = (
-        tokenizer(list(texts), add_special_tokens=False, return_tensors="pt")["input_ids"] for texts in zip(*examples)
-    )
+    prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
     P, C = prompts.shape[1], completions.shape[1]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.pretrain_learning_rate)
-    bar, losses = tqdm(range(args.pretrain_steps), desc="pretraining", unit="step"), []
+    optimizer, recent = torch.optim.AdamW(model.parameters()), []
+    bar = tqdm(range(steps), desc="pretraining", unit="step")
     for step in bar:
-        rng = seeded_generator("cpu", args.seed, "pretrain", step)
-        rows = torch.randint(len(prompts), (args.pretrain_batch,), generator=rng)
-        t = (torch.arange(len(rows)) + torch.rand(len(rows), generator=rng))[:, None] / len(rows)  # (B, 1), stratified
-        t = t.clamp(min=1e-3)
-        masked = torch.rand(len(rows), C, generator=rng) < t  # (B, C)
-        state = torch.where(masked, mask_id, completions[rows])
-        ids = torch.cat([prompts[rows], state], 1).to(model.device)
-        logits = logits_at(model, ids, None, torch.arange(P, P + C, device=ids.device).expand(len(rows), C))
-        loss = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), completions[rows].to(ids.device), reduction="none"
-        )
-        loss = (loss * (masked / t).to(ids.device)).sum(1).mean()
-        for group in optimizer.param_groups:  # linear warm-up over a tenth of the steps, then linear to 0
-            fraction = (step + 1) / args.pretrain_steps
-            group["lr"] = args.pretrain_learning_rate * min(fraction / 0.1, (1 - fraction) / 0.9 + 1e-3)
+        rng = seeded_generator("cpu", seed, "pretrain", step)
+        rows = torch.randint(len(prompts), (batch,), generator=rng)
+        t = (torch.arange(batch) + torch.rand(batch, generator=rng))[:, None] / batch  # (B, 1), stratified
+        masked = torch.rand(batch, C, generator=rng) < t.clamp(min=1e-3)  # (B, C)
+        ids = torch.cat([prompts[rows], completions[rows].masked_fill(masked, mask_id)], 1).to(model.device)
+        logits = logits_at(model, ids, None, torch.arange(P, P + C, device=ids.device).expand(batch, C))  # (B, C, V)
+        target, weight = completions[rows].to(ids.device), (masked / t.clamp(min=1e-3)).to(ids.device)
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # (B, C)
+        loss = (loss * weight).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        fraction = (step + 1) / steps  # linear warm-up over a tenth of the steps, then linear to 0
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(fraction / 0.1, (1 - fraction) / 0.9 + 1e-3)
         optimizer.step()
-        losses.append(loss.item())
-        recent = sum(losses[-25:]) / len(losses[-25:])
-        bar.set_postfix_str(f"-ELBO {recent:.2f} nats")
-        if recent < args.pretrain_until and step >= 25:
+        recent = recent[-24:] + [loss.item()]
+        bar.set_postfix_str(f"-ELBO {sum(recent) / len(recent):.2f} nats")
+        if step >= 25 and sum(recent) / len(recent) < 3.2:
             break
-    bar.close()
 
 
-# ======================================================================================================================
-# 8. Command line
-# ======================================================================================================================
+# ===== 8. Command line ================================================================================================
 
 
 def option(default, text: str):
@@ -1801,156 +1200,93 @@ class Settings:
 
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
     model: str = option("tiny", "tiny (pretrained on the spot, then cached), a folder, or a hub id of LLaDA or Dream")
-    data: str | None = option(
-        None, "your data: for gsm8k and math a folder of train.* and test.*; else a file to test on"
-    )
+    data: str | None = option(None, "your data: a file to test on, a folder of train.* and test.*, or a hub id")
     output_dir: str | None = option(None, "where the run goes; not given: a new folder under runs/")
-    resume: str | None = option(None, "folder of an interrupted run to go on with; its own settings apply")
+    resume: str | None = option(None, "folder of a run to go on with; its settings apply, but for those given here")
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
-    bf16: bool = option(False, "bfloat16 on a GPU; weights too, unless all of them are trained")
 
     method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo is d1's one-step estimator, to compare with")
     max_steps: int = option(400, "updates: batches of rollouts to train on")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(1, "k: timesteps drawn for each completion; a forward and backward pass each")
-    timestep_proposal: Literal["surprise", "entropy", "uniform"] = option(
-        "surprise", "where timesteps are drawn more often: where tokens were improbable, where much was open, nowhere"
-    )
-    uniform_share: float = option(0.1, "share of uniform mixed into the proposal; bounds its weights")
+    k: int = option(1, "k: steps drawn per completion; a forward and backward pass each")
+    timestep_proposal: Literal["surprise", "entropy", "uniform"] = option("surprise", "what steps are drawn by")
+    length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
+    scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
+    updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts")
+    eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
+    eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
+    beta: float = option(0.0, "beta: weight of the KL to the model before training; 0 makes no reference pass")
 
     completion_length: int = option(16, "tokens in a completion")
     block_length: int = option(16, "blocks are unmasked from left to right; must divide completion_length")
     steps: int = option(2, "T: sampling steps for a completion")
-    unmasking: Literal["random", "low_confidence"] = option(
-        "random", "which positions a step fills in; random is exact"
-    )
+    unmasking: Literal["random", "low_confidence"] = option("random", "what a step unmasks; random is exact")
     temperature: float = option(1.0, "tau: sampling temperature")
     top_k: int = option(0, "sample from so many most probable tokens (0: from all)")
     top_p: float = option(1.0, "sample from the most probable tokens that make up this probability")
 
-    updates_per_rollout: int = option(
-        1, "optimizer steps on each batch of rollouts; beyond the first, clipping matters"
-    )
-    eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
-    eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
-    beta: float = option(0.0, "beta: weight of the KL to the model before training; 0 makes no reference pass")
-    scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
-    length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
-
-    learning_rate: float = option(5e-4, "AdamW's, after warm-up")
-    lr_schedule: Literal["constant", "cosine"] = option("cosine", "learning rate after warm-up")
-    warmup_ratio: float = option(0.05, "share of the updates spent warming up")
-    adam_beta1: float = option(0.9, "AdamW's")
-    adam_beta2: float = option(0.99, "AdamW's")
-    weight_decay: float = option(0.01, "AdamW's")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    learning_rate: float = option(5e-4, "AdamW's, times a linear warm-up and half a cosine to 0")
+    warmup_steps: int = option(20, "updates in which the learning rate rises")
     lora_rank: int = option(0, "r of LoRA on every linear layer but the head; 0 trains all weights")
     lora_alpha: float = option(64.0, "alpha of LoRA")
-    micro_batch: int = option(256, "(completion, timestep) pairs in memory at once; changes nothing else")
-    rollout_batch: int = option(512, "completions sampled at once, whole groups; prompts of one length need no padding")
+    micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes nothing else")
+    rollout_batch: int = option(512, "completions sampled at once, whole groups")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
     eval_steps: list[int] = field(
-        default_factory=lambda: [16, 8, 4, 2, 1],
-        metadata={"help": "sampling steps to measure accuracy at, before and after"},
+        default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "sampling steps to measure at, before and after"}
     )
-    eval_completion_length: int = option(16, "tokens in a completion when measuring")
-    eval_block_length: int = option(16, "block length when measuring")
     eval_examples: int = option(0, "test examples to measure on (0: all)")
     eval_every: int = option(0, "measure greedy accuracy at the first of eval_steps every so many updates (0: never)")
-    eval_batch: int = option(384, "completions in a batch when measuring")
     show_every: int = option(50, "print a completion every so many updates (0: never)")
-    save_every: int = option(50, "save a checkpoint every so many updates")
-    keep_checkpoints: int = option(2, "checkpoints to keep, the newest")
+    save_every: int = option(50, "save a checkpoint every so many updates; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
+    pretrain_steps: int = option(400, "steps of pretraining the tiny model, at the most")
 
-    pretrain_steps: int = option(400, "tiny: steps of pretraining at the most")
-    pretrain_until: float = option(3.2, "tiny: stop pretraining when -ELBO, over 25 steps, is down to so many nats")
-    pretrain_batch: int = option(256, "tiny: completions in a pretraining step")
-    pretrain_learning_rate: float = option(2e-3, "tiny: AdamW's in pretraining")
-
-    def sampling(self, **changes) -> dict:
+    def sampling(self) -> dict:
         """The arguments of `sample` that are settings."""
         names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-        return {name: getattr(self, name) for name in names} | changes
-
-    def eval_sampling(self, steps: int, greedy: bool) -> dict:
-        """Those for measuring: as trained, or greedy low-confidence unmasking, the paper's protocol."""
-        changes = {"completion_length": self.eval_completion_length, "block_length": self.eval_block_length}
-        if greedy:
-            changes |= {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-        return self.sampling(steps=steps, **changes)
+        return {name: getattr(self, name) for name in names}
 
 
-# The official release's settings for LLaDA-8B, cut to one GPU: the batch of 16 prompts goes through it 8 completions at
-# a time. Accuracy is measured on fewer examples and steps than eval.py does.
-RELEASE = {
-    "bf16": True, "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
+RELEASE = {  # the official release's settings for LLaDA-8B, for one GPU; measured on fewer examples than by eval.py
+    "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "learning_rate": 5e-6, "warmup_ratio": 0.01, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
-    "eval_steps": [128, 64], "eval_completion_length": 256, "eval_block_length": 32, "eval_examples": 64,
-    "eval_every": 50, "eval_batch": 32, "show_every": 1, "save_every": 10,
+    "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
+    "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1, "save_every": 10,
 }  # fmt: skip
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Settings from the command line, over the defaults for the task and model, or over those of the run to resume."""
-    parser = HfArgumentParser(Settings, description="AGRPO (arXiv 2510.04019) in one file.", allow_abbrev=False)
+    parser = hf.HfArgumentParser(Settings, description="AGRPO (arXiv 2510.04019) in one file.", allow_abbrev=False)
     parser.error = refuse
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
-    first, _ = parser.parse_known_args(words)
-    original = []
-    if first.resume is not None:
-        saved = Path(first.resume) / "settings.json"
-        if not saved.is_file():
+    argv, saved = sys.argv[1:] if argv is None else argv, {}
+    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if first.resume:
+        file = Path(first.resume) / "settings.json"
+        if not file.is_file():
             refuse(f"--resume {first.resume}: no run there (no settings.json); give the folder that the run printed")
-        settings = read_json(saved) | {"resume": first.resume, "output_dir": first.resume}
-        if settings.keys() != {f.name for f in fields(Settings)}:
-            refuse(f"{saved} has not the settings of this agrpo.py; go on with the one that began the run")
-        for name, value in settings.items():  # read like a command line, so checked like one
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            original += [f"--{name}", *map(str, values)] if len(values) > 1 else [f"--{name}={v}" for v in values]
-    else:
-        if first.task != "sudoku":
-            parser.set_defaults(model="GSAI-ML/LLaDA-8B-Instruct")
-            first, _ = parser.parse_known_args(words)
-        if first.model != "tiny" and not is_bert(first.model):
-            parser.set_defaults(**RELEASE)
-    given = sys.argv[1:] if argv is None else argv
-    args, *unknown = parser.parse_args_into_dataclasses(
-        [*original, *given], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown[-1]:
-        refuse(f"there is no option {unknown[-1][0]}; --help lists them all")
-    if original:
-        (began,) = parser.parse_args_into_dataclasses(original, look_for_args_file=False)
-        for name, value in asdict(began).items():
-            if getattr(args, name) != value and name not in CHANGEABLE:
-                refuse(f"--{name} is {value} in the run that --resume goes on with, and stays so; leave it out")
+        saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
+        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Settings) if f.name in saved})
+    elif first.task != "sudoku" or not is_tiny(first.model):
+        parser.set_defaults(**RELEASE)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        refuse(f"{str(error).rpartition(': ')[2]}: no such option; --help lists them all")
+    for name, value in vars(args).items():
+        if name in saved and saved[name] != value:
+            print(f"--{name} was {saved[name]}, is {value} from here on")
     return args
 
 
-# Settings that change no result but for rounding, so a resumed run may have others.
-CHANGEABLE = (
-    "device",
-    "micro_batch",
-    "gradient_checkpointing",
-    "show_every",
-    "save_every",
-    "keep_checkpoints",
-    "report_to",
-)
-
-
-def is_bert(name: str) -> bool:
-    """Whether a folder holds the tiny model, whose defaults then apply."""
-    folder = Path(name)
-    config = (checkpoints(folder) or [folder])[-1] / "config.json"
-    with contextlib.suppress(BadInput, OSError):
-        return read_json(config).get("model_type") == "bert"
-    return False
+def is_tiny(name: str) -> bool:
+    """Whether this is the tiny model or a folder that holds one, so that its defaults apply."""
+    config = (checkpoints(Path(name)) or [Path(name)])[-1] / "config.json"
+    return name == "tiny" or config.is_file() and json.loads(config.read_text()).get("model_type") == "bert"
 
 
 def refuse(sentence: str):
@@ -1958,232 +1294,162 @@ def refuse(sentence: str):
 
 
 def check_settings(args: Settings) -> None:
-    """Raise BadInput, one sentence, on the first setting that cannot work, before anything is loaded or written."""
-
-    def demand(bound: str, fits: Callable[[float], bool], names: str):
-        for name in names.split():
-            if not fits(getattr(args, name)):
-                raise BadInput(f"--{name} must be {bound}, not {getattr(args, name)}")
-
-    count, natural = ("from 1 to 1,000,000", lambda x: 1 <= x <= 10**6), ("0 or more", lambda x: 0 <= x < 2**63)
-    demand(
-        *count, "max_steps prompts_per_update k completion_length block_length steps updates_per_rollout micro_batch"
-    )
-    demand(*count, "rollout_batch save_every keep_checkpoints pretrain_batch eval_completion_length eval_block_length")
-    demand(*count, "eval_batch")
-    demand(*natural, "top_k seed eval_every eval_examples show_every pretrain_steps")
-    demand("from 0 to 1,000,000", lambda x: 0 <= x <= 1e6, "weight_decay beta eps_high pretrain_until")
-    positive = "temperature learning_rate max_grad_norm lora_alpha pretrain_learning_rate"
-    demand("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, positive)
-    demand("from 0 to 4096", lambda x: 0 <= x <= 4096, "lora_rank")
-    demand("at least 0 and below 1", lambda x: 0 <= x < 1, "eps_low warmup_ratio adam_beta1 adam_beta2")
-    demand("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p uniform_share")
-    if args.group_size < 2:
-        raise BadInput(
-            f"--group_size {args.group_size}: an advantage compares completions of one prompt; use 2 or more"
-        )
-    if args.model == "tiny" and args.task != "sudoku":
-        raise BadInput(f"--model tiny knows only sudoku; for {args.task} give a LLaDA or Dream checkpoint by --model")
-    if not args.eval_steps:
-        raise BadInput("--eval_steps needs at least one number of sampling steps")
-    lengths = (args.completion_length, args.block_length), (args.eval_completion_length, args.eval_block_length)
-    for prefix, (completion_length, block_length) in zip(("", "eval_"), lengths):
-        for steps in args.eval_steps if prefix else [args.steps]:
-            try:
-                tokens_per_step(completion_length, block_length, steps)
-            except ValueError as error:
-                where = f"--{prefix}steps, --{prefix}block_length, --{prefix}completion_length"
-                raise BadInput(f"{where} do not fit together: {error}") from None
+    """Raise ValueError on the first setting that cannot work, before anything is loaded or written."""
+    positive = "max_steps prompts_per_update k updates_per_rollout micro_batch rollout_batch save_every"
+    positive += " completion_length block_length"
+    for name, value in vars(args).items():
+        least = 1 if name in positive.split() else 2 if name == "group_size" else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise ValueError(f"--{name} must be {least} or more, not {value}")
+    if not 0 < args.top_p <= 1 or args.temperature == 0:
+        raise ValueError("--top_p must be above 0 and at most 1, and --temperature above 0")
     if args.rollout_batch % args.group_size:
-        raise BadInput(f"--rollout_batch {args.rollout_batch} must be a multiple of --group_size {args.group_size}")
+        raise ValueError(f"--group_size {args.group_size} must divide --rollout_batch {args.rollout_batch}")
     at_once = args.rollout_batch // args.group_size * world_size()
     if args.prompts_per_update % at_once:
-        raise BadInput(
-            f"--prompts_per_update {args.prompts_per_update} must be a multiple of {at_once}: the prompts in "
-            f"--rollout_batch {args.rollout_batch} at --group_size {args.group_size}, times {world_size()} process(es)"
-        )
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise BadInput(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
+        what = f"{at_once}, --rollout_batch / --group_size x {world_size()} processes"
+        raise ValueError(f"--prompts_per_update {args.prompts_per_update} must be a multiple of {what}")
+    if args.model == "tiny" and args.task != "sudoku":
+        raise ValueError(f"--model tiny knows only sudoku, not {args.task}; give a LLaDA or Dream checkpoint")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
     run = Path(args.output_dir)
-    begun = run.exists() and (not run.is_dir() or any(path.name != "settings.part" for path in run.iterdir()))
-    if begun and not args.resume:
-        raise BadInput(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
+    if not args.resume and (run.is_file() or run.is_dir() and any(run.iterdir())):
+        raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
+    for steps in (args.steps, *args.eval_steps):
+        tokens_per_step(args.completion_length, args.block_length, steps)
 
 
-def starting_model(task: Task, examples: list, test: list, args: Settings, device: torch.device):
-    """The model before AGRPO, its tokenizer and mask_id. The tiny one is pretrained, or read from the cache beside it.
+def refuse_long(model, tokenizer, task: Task, examples: list, completion_length: int) -> None:
+    """Raise BadInput where a prompt and its completion do not fit into the model's positions."""
+    prompts = [task.prompt(example, tokenizer) for example in examples]
+    longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"])) + completion_length
+    if longest > (most := model.config.max_position_embeddings):
+        raise BadInput(f"the longest prompt and a completion make {longest} tokens, but the model has {most} positions")
 
-    Raises BadInput where the longest prompt and a completion do not fit into the model's positions.
-    """
+
+def starting_model(task: Task, examples: list, test: list, args: Settings):
+    """The model before AGRPO, tokenizer and mask_id. The tiny one is pretrained, or read from the cache in runs/."""
     torch.manual_seed(args.seed)  # the tiny model begins at random
-    half_weights = args.bf16 and device.type == "cuda" and args.lora_rank > 0
-    dtype = torch.bfloat16 if half_weights else torch.float32
-    model, tokenizer, mask_id = load_model(args.model, device, dtype)
-    prompts = [task.prompt(example, tokenizer) for example in examples + test]
-    longest = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
-    completion, most = max(args.completion_length, args.eval_completion_length), model.config.max_position_embeddings
-    if longest + completion > most:
-        raise BadInput(
-            f"the longest prompt has {longest} tokens and a completion {completion}, but the model has positions for "
-            f"{most}: use a smaller --completion_length and --eval_completion_length, or shorter examples"
-        )
+    half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
+    model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
+    refuse_long(model, tokenizer, task.for_model(tokenizer), examples + test, args.completion_length)
     if args.model != "tiny":
+        folder = Path(args.model).exists() and find_checkpoint(args.model, args.device).resolve()
+        merge_lora(model).name_or_path = str(folder or args.model)  # if it is an adapter, the new one goes on top of it
         return model, tokenizer, mask_id
-    recipe = {name: value for name, value in asdict(args).items() if "pretrain" in name or name == "seed"}
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-    cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{digest}"
-    if not cache.exists() and rank() == 0:
-        pairs = [(prompt, example["solution"]) for prompt, example in zip(prompts, examples)]  # those to train on
-        pretrain(model, tokenizer, mask_id, pairs, args)
+    cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{args.pretrain_steps}steps"
+    if rank() == 0 and not cache.exists():
+        pairs = [(example["puzzle"], example["solution"]) for example in examples]
+        pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
-        try:
-            aside.rename(cache)
-        except OSError:  # another run with this seed was quicker
-            if not cache.exists():
-                raise
-            shutil.rmtree(aside)
+        aside.rename(cache)
     wait_for_all_ranks()
-    return load_model(str(cache), device, dtype)
+    return load_model(str(cache), args.device)
 
 
-def measure(model, tokenizer, mask_id: int, task: Task, examples: list, args: Settings) -> dict[str, dict[str, float]]:
-    """Accuracy at each of eval_steps: of the sampler that is trained, and of greedy low-confidence unmasking."""
-    table = {sampler: {} for sampler in SAMPLERS}
-    for sampler, row in table.items():
-        for steps in tqdm(args.eval_steps, desc=f"accuracy, {sampler}", leave=False, disable=rank() > 0):
-            row[str(steps)] = evaluate(model, tokenizer, mask_id, task, examples, args, steps, sampler == "greedy")
-    return table
-
-
-SAMPLERS = ("as trained", "greedy")
-METHODS = {"agrpo": "AGRPO", "diffu_grpo": "diffu-GRPO"}
+def measure(model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> dict:
+    """Accuracy at each of eval_steps, as trained and with greedy low-confidence unmasking."""
+    given = (model, tokenizer, mask_id, task, test, args)
+    by_steps = lambda greedy: {str(steps): evaluate(*given, steps, greedy) for steps in args.eval_steps}
+    return {"as trained": by_steps(False), "greedy": by_steps(True)}
 
 
 def print_table(results: dict, args: Settings) -> None:
-    """Accuracies before and, where they are there already, after training."""
     trained = f"as trained ({args.unmasking} unmasking, temperature {args.temperature:g})"
     print(f"\nAccuracy on {results['examples']} test examples, by sampling steps (trained with {args.steps})")
-    for sampler, title in zip(SAMPLERS, (trained, "greedy (low-confidence unmasking, temperature 0)")):
+    for sampler, title in ("as trained", trained), ("greedy", "greedy (low-confidence unmasking, temperature 0)"):
         print(f"\n  {title:50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
-        for stage in (stage for stage in ("base", *METHODS.values()) if stage in results):
-            row = results[stage][sampler]
-            print(f"    {stage:48s}" + "".join(f"{row[str(steps)]:7.3f}" for steps in args.eval_steps))
-    print()
+        for stage in [stage for stage in ("base", *METHODS.values()) if stage in results]:
+            print(f"    {stage:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in results[stage][sampler].values()))
+    print(flush=True)
 
 
-def print_cost(run: Path) -> None:
-    """Where the time went, and what was not computed, from metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    total = {name: sum(line.get(name, 0) for line in lines) for name in lines[-1]}
-    phases = ", ".join(f"{name} {total['seconds_' + name]:.0f} s" for name in ("rollout", "reward", "update"))
-    print(
-        f"{len(lines)} updates: {phases}; {total['rollout_tokens_per_second'] / len(lines):,.0f} tokens/s in rollouts; "
-        f"peak memory {lines[-1]['peak_memory_gib']:.1f} GiB"
-    )
-    rolled, made = total["rollout_forward_passes"], total["forward_passes"]
-    print(
-        f"forward passes in rollouts: {rolled:,.0f}; saved: {total['rollout_passes_saved_ended']:,.0f} (rows that had "
-        f"ended), {total['rollout_passes'] - rolled:,.0f} (equal states)\n"
-        f"forward passes in updates: {made:,.0f}; saved: {total['passes_saved_no_advantage']:,.0f} (no advantage), "
-        f"{total['passes_saved_short']:,.0f} (fewer than k steps), {total['passes'] - made:,.0f} (equal states)"
-    )
+METHODS = {"agrpo": "AGRPO", "diffu_grpo": "diffu-GRPO"}
+
+
+def run_training(args: Settings, run: Path) -> None:
+    """Check, load, measure, train, measure."""
+    try:
+        check_settings(args)
+        torch.zeros(1, device=args.device)
+    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
+        raise BadInput(str(error).splitlines()[0]) from None
+    began, task = time.time(), TASKS[args.task]
+    examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
+    model, tokenizer, mask_id = starting_model(task, examples, test, args)
+    task = task.for_model(tokenizer)
+    wait_for_all_ranks()  # every process has looked before one of them writes
+    if rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{args.task}: {args.model}, {size:,} parameters, on {args.device}; seed {args.seed}; run folder {run}")
+
+    file, results = run / "results.json", {"examples": len(test), "eval_steps": args.eval_steps}
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    same = results.items() <= saved.items()  # a resumed run need not measure its base again
+    results["base"] = saved["base"] if same else measure(model, tokenizer, mask_id, task, test, args)
+    wait_for_all_ranks()
+    if rank() == 0:
+        write_whole(file, json.dumps(results, indent=1))
+        print_table(results, args)
+
+    ref_model = None
+    if args.beta > 0:
+        # The model before training, frozen. With LoRA its weights never change, so the copy can share them: what memo
+        # holds counts as copied already, so that deepcopy makes new modules around the same weights.
+        memo = {id(p): p for p in model.parameters()} if args.lora_rank else {}
+        ref_model = copy.deepcopy(model, memo).requires_grad_(False)
+    if checkpoints(run):
+        dtype = model.dtype
+        del model  # there may not be room for two
+        model, tokenizer, mask_id = load_model(str(run), args.device, dtype)
+    elif args.lora_rank:
+        torch.manual_seed(args.seed)
+        add_lora(model, args.lora_rank, args.lora_alpha)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
+    results[METHODS[args.method]] = measure(model, tokenizer, mask_id, task, test, args)
+    if rank() == 0:
+        write_whole(file, json.dumps(results, indent=1))
+        print_table(results, args)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rollouts, updates = (sum(line[f"seconds_{part}"] for line in lines) for part in ("rollout", "update"))
+        print(f"{len(lines)} updates, {time.time() - began:.0f} s: rollouts {rollouts:.0f} s, updates {updates:.0f} s")
+        print(f"checkpoint: {checkpoints(run)[-1]}; every update: {run / 'metrics.jsonl'}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    began = time.time()
-    transformers.logging.set_verbosity_error()  # what goes wrong in loading is refused below, in a sentence
-    transformers.logging.disable_progress_bar()
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
-    try:
-        args = parse_settings(argv)
-    except (BadInput, OSError) as error:
-        refuse(str(error))
+    args = parse_settings(argv)
+    hf.logging.set_verbosity_error()  # what goes wrong in loading is refused in a sentence
+    hf.logging.disable_progress_bar()
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # torchrun
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.output_dir is None:
-        name = Path("runs") / f"{args.task}-{Path(args.model).name}-seed{args.seed}"
-        names = itertools.chain([name], (Path(f"{name}-{n}") for n in itertools.count(2)))
-        args.output_dir = str(next(name for name in names if not name.exists()))
-    run, task = Path(args.output_dir), TASKS[args.task]
+        name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        args.output_dir = next(name for name in names if not Path(name).exists())
+    run = Path(args.output_dir)
     try:
-        check_settings(args)
-        device = torch.zeros(1, device=args.device).device
-        examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
-        if args.model != "tiny" and (find_checkpoint(args.model, device) / "adapter_config.json").is_file():
-            raise BadInput(f"--model {args.model} is a LoRA adapter: merge it first (merge_lora, see the README)")
-    except (BadInput, OSError, RuntimeError, AssertionError) as error:  # the latter two are torch's, on a device
-        refuse(str(error).splitlines()[0])
-    wait_for_all_ranks()  # every process has looked before one of them writes
-    try:
-        if rank() == 0 and not args.resume:
-            run.mkdir(parents=True, exist_ok=True)
-            write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
-        model, tokenizer, mask_id = starting_model(task, examples, test, args, device)
-        size = sum(p.numel() for p in model.parameters())
-        if rank() == 0:
-            print(f"{args.task}: {args.model}, {size:,} parameters, on {device}; seed {args.seed}; run directory {run}")
-        base = run / "base.json"  # a resumed run need not measure it again
-        digest = hashlib.sha256(json.dumps([examples, test]).encode()).hexdigest()
-        if base.exists():
-            results = read_json(base)
-            if results.get("data") != digest:
-                raise BadInput(f"the data are not those that {run} began with: put them back, or start a new run")
-        else:
-            results = {
-                "examples": len(test),
-                "data": digest,
-                "base": measure(model, tokenizer, mask_id, task, test, args),
-            }
-            if rank() == 0:
-                write_whole(base, json.dumps(results))
-        if rank() == 0:
-            print_table(results, args)
-
-        ref_model = None
-        if args.beta > 0:  # a frozen copy; with LoRA the weights are frozen anyway, so the copy shares them
-            ref_model = copy.deepcopy(model, {id(p): p for p in model.parameters()} if args.lora_rank else {})
-            ref_model.requires_grad_(False)
-        if checkpoints(run):
-            dtype = model.dtype
-            del model  # there may not be room for two
-            model, tokenizer, mask_id = load_model(str(run), device, dtype)
-        elif args.lora_rank:
-            torch.manual_seed(args.seed)
-            add_lora(model, args.lora_rank, args.lora_alpha)
-        if args.gradient_checkpointing:
-            model.activation_checkpointing_enable()
-        if not train(model, tokenizer, mask_id, task, examples, test, args, ref_model):
-            refuse(f"stopped; nothing is lost. Go on with: python agrpo.py --resume {run}")
-        results[METHODS[args.method]] = measure(model, tokenizer, mask_id, task, test, args)
-        if rank() == 0:
-            write_whole(run / "results.json", json.dumps(results, indent=1))
-            print_table(results, args)
-            print_cost(run)
+        run_training(args, run)
     except (BadInput, FloatingPointError) as error:
         refuse(str(error))
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
-            raise
-        refuse(
-            f"out of memory on {device}; {last_checkpoint(run)}. A smaller --micro_batch (updates) or "
-            f"--gradient_checkpointing true can be given with --resume {run}; a smaller --rollout_batch or "
-            "--eval_batch (sampling) needs a new run"
-        )
-    except (OSError, SafetensorError) as error:  # a full disk, most likely; a checkpoint is renamed only when whole
-        refuse(f"{error}; {last_checkpoint(run)}; once that is mended, go on with: python agrpo.py --resume {run}")
-    minutes, seconds = divmod(round(time.time() - began), 60)
-    if rank() == 0:
-        print(f"{minutes} min {seconds} s. Checkpoint: {checkpoints(run)[-1]}. Every update: {run / 'metrics.jsonl'}")
+    except torch.OutOfMemoryError:
+        less = "a smaller --micro_batch or --rollout_batch, or --gradient_checkpointing true"
+        refuse(f"out of memory on {args.device}; {last_checkpoint(run)}. Go on with --resume {run} and {less}")
+    except KeyboardInterrupt:
+        refuse(f"stopped; {last_checkpoint(run)}. Go on with --resume {run}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        refuse("stopped at once")
+    main()

@@ -1,290 +1,177 @@
 """Accuracy of a checkpoint against sampling steps, and a look at the unmasking itself.
 
-    python eval.py CHECKPOINT                                accuracy at 16, 8, 4, 2 and 1 steps (8B models: 256 to 32)
+    python eval.py CHECKPOINT                                accuracy at several numbers of sampling steps
     python eval.py CHECKPOINT --base MODEL                   the same, beside the model that it was trained from
     python eval.py CHECKPOINT --show 2 --steps 4             two examples unmasked before your eyes, step by step
     python eval.py CHECKPOINT --samples 8 --temperature 1    also pass@8 and the majority vote of 8
     torchrun --nproc_per_node 8 eval.py CHECKPOINT           on 8 GPUs, which share out the examples
-    python eval.py --help                                    every option, with its default
 
-CHECKPOINT and MODEL are whatever `agrpo.load_model` reads: a run's folder or one of its checkpoints, a LoRA adapter, a
-LLaDA or Dream folder or hub id. The defaults are the paper's protocol: low-confidence unmasking at temperature 0. With
-the settings of a training run, the figures are those that the run printed.
+CHECKPOINT and MODEL are whatever `agrpo.load_model` reads: the folder of a run, a checkpoint in it, a LLaDA or Dream
+folder or hub id. Defaults are the run's own task, data, lengths and steps; the paper's protocol for other 8B models.
+Greedy, as by default, or with the sampling options of the run, the figures are those that training wrote.
 """
 
 import importlib.util
-import itertools
 import json
-import math
 import os
-import platform
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import transformers
+import transformers as hf
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import agrpo
-from agrpo import BadInput, Settings, Task, option, rank, world_size
-
-# ======================================================================================================================
-# 1. Decoding and counting
-# ======================================================================================================================
-
-
-def decode(model, tokenizer, mask_id: int, task: Task, examples: list[dict], options: "Options", steps: int, seed):
-    """Every example completed once, as a list of records in the order of the examples; the same in every process.
-
-    Batches and generators are those of `agrpo.evaluate`, so the completions are too. The records of the first
-    options.show examples hold their trajectory as well: "pieces", the text of each token, and "step", a row of
-    Rollout.step.
-    """
-    chat, eos_id, records = tokenizer.chat_template is not None, tokenizer.eos_token_id, []
-    names = ("completion_length", "block_length", "temperature", "unmasking", "top_k", "top_p")
-    sampling = {name: getattr(options, name) for name in names} | {"steps": steps}
-    starts = range(rank() * options.batch, len(examples), world_size() * options.batch)
-    for start in tqdm(starts, desc=f"{steps} steps", leave=False, disable=rank() > 0):
-        part = examples[start : start + options.batch]
-        prompts = [task.prompt(example, tokenizer) for example in part]
-        rng = agrpo.seeded_generator(model.device, seed, "evaluation", start)
-        rollout, texts = agrpo.complete(model, tokenizer, mask_id, prompts, rng, **sampling)
-        filled = (rollout.step >= 0).sum(1).tolist()
-        length = (rollout.completion != eos_id).int().cumprod(1).sum(1).tolist()  # tokens before the first EOS
-        for i, (example, prompt, text) in enumerate(zip(part, prompts, texts)):
-            verdict = {"answer": task.answer(text, chat), "correct": task.correct(example, text, chat)}
-            counts = {"length": length[i], "filled": filled[i], "passes": int(rollout.num_steps[i])}
-            records.append({"example": start + i, "prompt": prompt, "completion": text} | verdict | counts)
-            if start + i < options.show:
-                pieces = tokenizer.batch_decode(rollout.completion[i, :, None], skip_special_tokens=True)
-                records[-1] |= {"pieces": [visible(piece) for piece in pieces], "step": rollout.step[i].tolist()}
-    if world_size() > 1:
-        shares: list = [None] * world_size()
-        dist.all_gather_object(shares, records)
-        records = sorted(itertools.chain(*shares), key=lambda record: record["example"])
-    return records
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share seen in n independent trials (Wilson 1927): sensible near 0 and 1, or for small n."""
-    z = NormalDist().inv_cdf(0.975)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def vote(records: list[dict], task: str) -> bool:
-    """Whether the most frequent answer among completions of one example is right; the earlier one where two tie.
-
-    Answers are compared as they are written, for gsm8k as numbers. A completion without an answer has no vote.
-    """
-    keys = [record["answer"] for record in records]
-    if task == "gsm8k":
-        keys = [None if key is None else agrpo.single_number(agrpo.boxed(key) or key) for key in keys]
-    votes = Counter(key for key in keys if key is not None)
-    return bool(votes) and records[keys.index(votes.most_common(1)[0][0])]["correct"]
-
-
-def summary(runs: list[list[dict]], options: "Options") -> dict:
-    """The figures of one model at one number of steps, from one list of records for each seed and, within it, sample.
-
-    Intervals count each example once, however often it was completed: completions of one example say nothing about the
-    others. With many of them, intervals are wider than they need be, never too narrow.
-    """
-    n, N = len(runs[0]), options.samples
-    by_seed = [runs[i : i + N] for i in range(0, len(runs), N)]
-    total = {name: sum(r[name] for run in runs for r in run) for name in ("correct", "length", "filled", "passes")}
-    figures = {"accuracy": total["correct"] / (n * len(runs))}
-    figures["interval"] = wilson(figures["accuracy"], n)
-    figures["by_seed"] = [sum(r["correct"] for run in group for r in run) / (n * N) for group in by_seed]
-    if N > 1:
-        of_example = [samples for group in by_seed for samples in zip(*group)]  # the N records of one example and seed
-        any_right = [any(r["correct"] for r in samples) for samples in of_example]
-        voted_right = [vote(samples, options.task) for samples in of_example]
-        for name, right in ("pass", any_right), ("majority", voted_right):
-            figures[f"{name}@{N}"] = sum(right) / len(right)
-            figures[f"{name}@{N} interval"] = wilson(figures[f"{name}@{N}"], n)
-    figures["tokens_per_pass"] = total["filled"] / total["passes"]
-    figures["length"] = total["length"] / (n * len(runs))
-    return figures
-
-
-def load(checkpoint: str, options: "Options", task: Task, examples: list[dict], device: torch.device):
-    """`agrpo.load_model`; raises BadInput, too, where the model has too few positions for the longest example."""
-    dtype = torch.bfloat16 if options.bf16 and device.type == "cuda" else torch.float32
-    model, tokenizer, mask_id = agrpo.load_model(checkpoint, device, dtype)
-    prompts = tokenizer([task.prompt(example, tokenizer) for example in examples], add_special_tokens=False).input_ids
-    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
-    if longest + options.completion_length > limit:
-        raise BadInput(f"{checkpoint} has {limit} positions, too few for a prompt of {longest} and its completion")
-    return model, tokenizer, mask_id
-
-
-def measure(name: str, model, tokenizer, mask_id: int, task: Task, examples: list[dict], options: "Options") -> dict:
-    """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures.
-
-    "seconds" are those for completing every example once.
-    """
-    chat, curve = tokenizer.chat_template is not None, {}
-    for steps in options.steps:
-        runs, began = [], time.time()
-        for seed, sample in itertools.product(options.seeds, range(options.samples)):
-            key = seed if sample == 0 else f"{seed} sample {sample}"  # the first sample is what training measures
-            runs.append(decode(model, tokenizer, mask_id, task, examples, options, steps, key))
-            if options.save and rank() == 0:
-                checkpoint = {"base": options.base, "trained": options.checkpoint}[name]
-                where = {"model": name, "checkpoint": checkpoint, "steps": steps, "seed": seed, "sample": sample}
-                for record in runs[-1]:
-                    record = {key: value for key, value in record.items() if key not in ("pieces", "step")}
-                    agrpo.append_line(Path(options.save), where | record)
-        curve[str(steps)] = summary(runs, options) | {"seconds": (time.time() - began) / len(runs)}
-        if name == "trained" and steps == options.steps[0] and rank() == 0:
-            for example, record in zip(examples[: options.show], runs[0]):
-                show(task, example, record, chat, sys.stdout.isatty())
-    return curve
-
-
-# ======================================================================================================================
-# 2. For the eye: unmasking step by step, a table, bars, a plot
-# ======================================================================================================================
-
-
-def visible(piece: str) -> str:
-    """The text of a token as something to look at: · for EOS, and nothing that would move a terminal's cursor."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in piece) or "·"
-
-
-def replay(pieces: list[str], step: list[int]) -> Iterator[list[tuple[str, bool]]]:
-    """The completion after each sampling step: for each position its text, ░ while masked, and whether it is new.
-
-    step: a row of Rollout.step. Positions that no step filled in (-1: the row had ended) are left out.
-    """
-    for t in range(max(step) + 1):
-        yield [(piece if when <= t else "░", when == t) for piece, when in zip(pieces, step) if when >= 0]
-
-
-def show(task: Task, example: dict, record: dict, chat: bool, terminal: bool) -> None:
-    """Print an example as it was unmasked. On a terminal what is new is shown in reverse, and there is time to look."""
-    grid = task.picture if not chat else None
-    print(f"\nExample {record['example'] + 1}" + ("" if grid else f"\n{record['prompt']}"))
-    for t, state in enumerate(replay(record["pieces"], record["step"]), start=1):
-        # Each position is drawn as a character of its own (private use, plane 15), then replaced by its text: so a
-        # picture can put it where it likes, and neither colours nor long tokens shift anything.
-        places = [chr(0xF0000 + i) for i in range(len(state))]
-        drawing = task.picture(example, "".join(places)) if grid else "".join(places)
-        for place, (piece, new) in zip(places, state):
-            drawing = drawing.replace(place, f"\033[1;7m{piece}\033[0m" if new and terminal else piece)
-        print(f"\n  step {t} of {record['passes']}\n{drawing}", flush=True)
-        if terminal:
-            time.sleep(min(0.5, 5 / record["passes"]))
-    print(f"\n  {'right' if record['correct'] else 'wrong'}" + ("" if grid else f"; answer: {record['answer']}"))
-
-
-def print_table(results: dict[str, dict], options: "Options") -> None:
-    """A line for each number of steps, the models side by side under every heading; * where the intervals part."""
-    columns = {"accuracy [95% interval]": lambda f: "{:.3f} [{:.3f}, {:.3f}]".format(f["accuracy"], *f["interval"])}
-    if len(options.seeds) > 1:
-        columns["seeds"] = lambda f: f"{min(f['by_seed']):.3f}-{max(f['by_seed']):.3f}"
-    if options.samples > 1:
-        for name in f"pass@{options.samples}", f"majority@{options.samples}":
-            columns[name] = lambda f, name=name: f"{f[name]:.3f}"
-    columns["tokens/pass"] = lambda f: f"{f['tokens_per_pass']:.2f}"
-    columns["length"] = lambda f: f"{f['length']:.1f}"
-    columns["seconds"] = lambda f: f"{f['seconds']:.1f}"
-
-    lines = ["", "steps", *(f"{steps:5d}" for steps in options.steps)]
-    for heading, text in columns.items():
-        cells = [[model, *(text(results[model][str(steps)]) for steps in options.steps)] for model in results]
-        widths = [max(map(len, column)) for column in cells]
-        widths[-1] += max(0, len(heading) - sum(widths) - 2 * len(widths) + 2)  # the heading stands over all of them
-        rows = zip(*([cell.rjust(width) for cell in column] for column, width in zip(cells, widths)))
-        block = ["  ".join(row) for row in rows]
-        lines = [f"{line:5}   {more}" for line, more in zip(lines, [heading.ljust(len(block[0])), *block])]
-    for i, steps in enumerate(options.steps):
-        lows, highs = zip(*(curve[str(steps)]["interval"] for curve in results.values()))
-        lines[2 + i] += "  *" * (max(lows) > min(highs))
-    print("\n".join(["", *lines]))
-    notes = ["tokens/pass: filled in by a forward pass; length: tokens before EOS; seconds: for each example once"]
-    notes += ["seeds: accuracy from the lowest to the highest seed"] * (len(options.seeds) > 1)
-    notes += ["*: the intervals do not overlap"] * (len(results) > 1)
-    print("\n" + "\n".join("  " + note for note in notes))
-
-
-def print_bars(results: dict[str, dict], width: int = 50) -> None:
-    """Accuracy as bars: solid up to the lower end of the interval, shaded up to the upper end."""
-    print("\nAccuracy by sampling steps: █ to the lower end of the interval, ▒ to the upper end\n")
-    for steps in next(iter(results.values())):
-        for i, (model, curve) in enumerate(results.items()):
-            low, high = (round(width * end) for end in curve[steps]["interval"])
-            bar = ("█" * low + "▒" * (high - low)).ljust(width, "·")
-            print(f"{steps if i == 0 else '':>5}  {model:7}  {bar}  {curve[steps]['accuracy']:.3f}")
-
-
-def plot(results: dict[str, dict], title: str, file: str) -> None:
-    from matplotlib.figure import Figure  # not pyplot, which would look for a display
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for model, curve in results.items():
-        steps, points = [int(n) for n in curve], list(curve.values())
-        ends = [[abs(f["interval"][end] - f["accuracy"]) for f in points] for end in (0, 1)]
-        axes.errorbar(steps, [f["accuracy"] for f in points], yerr=ends, marker="o", capsize=3, label=model)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(steps, labels=map(str, steps))
-    axes.set(xlabel="sampling steps", ylabel="accuracy, with its 95% interval", ylim=(0, 1), title=title)
-    axes.legend()
-    figure.savefig(file, dpi=150)
-
-
-# ======================================================================================================================
-# 3. Command line
-# ======================================================================================================================
+from agrpo import Task, option, rank, world_size
 
 
 @dataclass
 class Options:
-    """Every option there is. The defaults are the tiny model's; PROTOCOL holds those that differ for an 8B model."""
-
     checkpoint: str = field(default="", init=False)  # the positional argument
     base: str | None = option(None, "a model to set beside it: the one that it was trained from")
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to measure on")
-    data: str | None = option(None, "your test examples: a file, or for gsm8k and math a folder of test.*")
+    data: str | None = option(None, "your test examples: a file, a folder of test.*, or a hub id")
     examples: int = option(0, "measure on the first so many (0: on all)")
     device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
-    bf16: bool = option(False, "weights in bfloat16, on a GPU")
-    batch: int = option(Settings.eval_batch, "completions in a batch; under torchrun each process takes whole batches")
-
-    steps: list[int] = field(
-        default_factory=lambda: Settings().eval_steps, metadata={"help": "numbers of sampling steps to measure at"}
-    )
-    completion_length: int = option(Settings.eval_completion_length, "tokens in a completion")
-    block_length: int = option(Settings.eval_block_length, "blocks are unmasked from left to right")
-    unmasking: Literal["low_confidence", "random"] = option("low_confidence", "which positions a step fills in")
+    rollout_batch: int = option(512, "completions sampled at once; under torchrun each process takes whole batches")
+    steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "numbers of sampling steps"})
+    completion_length: int = option(16, "tokens in a completion")
+    block_length: int = option(16, "blocks are unmasked from left to right; must divide completion_length")
+    unmasking: Literal["low_confidence", "random"] = option("low_confidence", "which positions a step unmasks")
     temperature: float = option(0.0, "sampling temperature; 0 takes the most probable token")
     top_k: int = option(0, "sample from so many most probable tokens (0: from all)")
     top_p: float = option(1.0, "sample from the most probable tokens that make up this probability")
     samples: int = option(1, "N: completions of each example, for pass@N and the majority vote of N")
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "repeat with each of these; 0 is what training measures with"}
-    )
-
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "repeat with each; training measures at 0"})
     show: int = option(0, "unmask so many examples step by step, with the first of --steps")
     save: str | None = option(None, "a new .jsonl file for every prompt, completion, answer and verdict")
     output: str | None = option(None, "a new .json file for the options, versions and figures")
     plot: str | None = option(None, "a new .png, .pdf or .svg file for the curves (needs matplotlib)")
 
 
-# The paper's evaluation, for LLaDA and Dream; on bfloat16 weights, as in training.
-PROTOCOL = {name: agrpo.RELEASE[f"eval_{name}"] for name in ("completion_length", "block_length", "batch")}
-PROTOCOL |= {"steps": [256, 128, 64, 32], "bf16": agrpo.RELEASE["bf16"]}
+def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: Options, steps: int, key: tuple):
+    """Every example completed once: a list of records in the order of the examples, the same in every process."""
+    sampling = agrpo.Settings.sampling(options) | {"steps": steps}
+    mine, texts, rollout = agrpo.generate(model, tokenizer, mask_id, task, examples, options, key, **sampling)
+    numbers = [i for i in range(len(examples)) if i // options.rollout_batch % world_size() == rank()]
+    records, eos_id = [], tokenizer.eos_token_id
+    for row, (number, example, text) in enumerate(zip(numbers, mine, texts)):
+        tokens, step = rollout.completion[row].tolist(), rollout.step[row].tolist()
+        record = {"example": number, "prompt": task.prompt(example, tokenizer), "completion": text}
+        record |= {"answer": task.answer(text), "correct": task.grade(example, text)[1]}
+        record |= {"length": [*tokens, eos_id].index(eos_id), "passes": max(step) + 1}
+        records.append(record | {"tokens": tokens, "step": step})
+    if world_size() > 1:
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, records)
+        records = sorted((record for share in shares for record in share), key=lambda record: record["example"])
+    return records
+
+
+def measure(name: str, checkpoint: str, examples: list, options: Options) -> dict:
+    """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
+    dtype = torch.bfloat16 if options.device == "cuda" and not agrpo.is_tiny(checkpoint) else torch.float32
+    try:
+        model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
+        task = agrpo.TASKS[options.task].for_model(tokenizer)
+        agrpo.refuse_long(model, tokenizer, task, examples, options.completion_length)
+    except agrpo.BadInput as error:
+        refuse(str(error))
+    curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
+    passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
+    bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0)
+    model.base_model.register_forward_hook(lambda *_: bar.update() and None)
+    for steps in options.steps:
+        began, runs = time.time(), []
+        for seed, sample in repeats:
+            key = ("evaluation", seed, sample) if seed or sample else ("evaluation",)  # the latter is training's
+            runs.append(decode(model, tokenizer, mask_id, task, examples, options, steps, key))
+            if options.save and rank() == 0:
+                where = {"model": name, "steps": steps, "seed": seed, "sample": sample}
+                with open(options.save, "a") as file:
+                    file.writelines(json.dumps(where | record) + "\n" for record in runs[-1])
+        curve[str(steps)] = summary(runs, options) | {"seconds": (time.time() - began) / len(runs)}
+        if name == "trained" and steps == options.steps[0] and rank() == 0:
+            for example, record in zip(examples[: options.show], runs[0]):
+                show(task, tokenizer, example, record, sys.stdout.isatty())
+    return curve
+
+
+def summary(runs: list[list[dict]], options: Options) -> dict:
+    """The figures of one model at one number of steps, from a list of records for each seed and, within it, sample."""
+    n, N, records = len(runs[0]), options.samples, [record for run in runs for record in run]
+    share, right = lambda verdicts: sum(verdicts) / len(verdicts), [record["correct"] for record in records]
+    figures = {"accuracy": share(right), "95% interval": wilson(share(right), n)}  # n, however often each was completed
+    if len(options.seeds) > 1:
+        figures["by seed"] = [share(right[i : i + n * N]) for i in range(0, len(right), n * N)]
+    if N > 1:
+        groups = [group for i in range(0, len(runs), N) for group in zip(*runs[i : i + N])]  # N records of one example
+        figures[f"pass@{N}"] = share([any(r["correct"] for r in group) for group in groups])
+        figures[f"majority@{N}"] = share([vote(group, options.task) for group in groups])
+    figures["tokens/pass"] = sum(t >= 0 for r in records for t in r["step"]) / sum(r["passes"] for r in records)
+    return figures | {"length": sum(r["length"] for r in records) / len(records)}
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share seen in n independent trials (Wilson 1927): sensible near 0 and 1, or for small n."""
+    middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def vote(records: list[dict], task: str) -> bool:
+    """Whether the most frequent answer to one example is right; the first of those that tie. No answer is no vote."""
+    keys = [record["answer"] for record in records]
+    if task == "gsm8k":  # 1,234 and $1234 are the same
+        keys = [None if key is None else agrpo.single_number(agrpo.boxed(key) or key) for key in keys]
+    votes = [key for key in keys if key is not None]
+    return bool(votes) and records[keys.index(max(votes, key=votes.count))]["correct"]
+
+
+def show(task: Task, tokenizer, example: dict, record: dict, terminal: bool) -> None:
+    """Print an example after each step, with · for EOS. On a terminal what is new is highlighted, and slow to come."""
+    texts = tokenizer.batch_decode([[token] for token in record["tokens"]], skip_special_tokens=True)
+    texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) or "·" for text in texts]
+    picture = task.picture if task.plain else lambda _, answer: answer
+    print(f"\nExample {record['example'] + 1}: {record['prompt']}")
+    # Each position is drawn as a character of private use, then replaced: nothing long or coloured shifts a picture.
+    marks = [chr(0xF0000 + i) for i, when in enumerate(record["step"]) if when >= 0]
+    for t in range(record["passes"]):
+        drawing = picture(example, "".join(marks))
+        for mark, text, when in zip(marks, texts, record["step"]):
+            seen = "░" if when > t else f"\033[1;7m{text}\033[0m" if when == t and terminal else text
+            drawing = drawing.replace(mark, seen)
+        print(f"\n  step {t + 1} of {record['passes']}\n{drawing}", flush=True)
+        time.sleep(min(0.5, 5 / record["passes"]) if terminal else 0)
+    print(f"\n  {'right' if record['correct'] else 'wrong'}; answer: {record['answer']}")
+
+
+def print_table(title: str, results: dict[str, dict]) -> None:
+    text = lambda value: f"{value:.3f}" if isinstance(value, float) else f"{min(value):.3f}-{max(value):.3f}"
+    table = [["steps", "model", *next(iter(results["trained"].values()))]]
+    for steps in results["trained"]:
+        table += [[steps, name, *map(text, curve[steps].values())] for name, curve in results.items()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table]
+    notes = "tokens/pass: unmasked by a forward pass; length: tokens before EOS; seconds: for each example once"
+    print("\n".join(["", title, "", *lines, "", notes]), flush=True)
+
+
+def plot(results: dict[str, dict], title: str, file: str) -> None:
+    from matplotlib.figure import Figure  # not pyplot, which would look for a display
+
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    for name, curve in results.items():
+        steps, accuracy = [int(n) for n in curve], [f["accuracy"] for f in curve.values()]
+        ends = [[abs(f["95% interval"][end] - f["accuracy"]) for f in curve.values()] for end in (0, 1)]
+        axes.errorbar(steps, accuracy, yerr=ends, marker="o", capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="sampling steps", ylabel="accuracy", ylim=(0, 1), title=title, xticks=steps, xticklabels=steps)
+    axes.legend()
+    axes.figure.savefig(file, dpi=150)
 
 
 def refuse(sentence: str):
@@ -292,116 +179,72 @@ def refuse(sentence: str):
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
-    parser = HfArgumentParser(Options, description="Accuracy against sampling steps.", allow_abbrev=False)
+    """Options from the command line, over those of CHECKPOINT's run or the paper's; what cannot work is refused."""
+    parser = hf.HfArgumentParser(Options, description="Accuracy against sampling steps.", allow_abbrev=False)
     parser.error = refuse
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="the model to measure: a folder or hub id")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="what to measure: a run, folder or hub id")
     argv = sys.argv[1:] if argv is None else argv
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if first.checkpoint and not agrpo.is_bert(first.checkpoint):
-        parser.set_defaults(**PROTOCOL)
-    options, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if rest[-1]:
-        refuse(f"there is no option {rest[-1][0]}; --help lists them all")
-    if not first.checkpoint:
-        refuse("which CHECKPOINT? Give a run's folder, such as runs/sudoku-tiny-seed0, or a LLaDA or Dream checkpoint")
+    folder = Path(first.checkpoint or ".")
+    run = folder.parent if folder in agrpo.checkpoints(folder.parent) else folder
+    if first.checkpoint and (run / "settings.json").is_file():
+        saved = json.loads((run / "settings.json").read_text())
+        names = ("task", "data", "rollout_batch", "completion_length", "block_length")
+        parser.set_defaults(**{name: saved[name] for name in names}, steps=saved["eval_steps"])
+    elif first.checkpoint and not agrpo.is_tiny(first.checkpoint):
+        parser.set_defaults(completion_length=256, block_length=32, steps=[256, 128, 64, 32], rollout_batch=8)
+    options, *_, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    if unknown or not first.checkpoint:
+        refuse(f"{unknown[0]}: no such option; --help lists them all" if unknown else "which CHECKPOINT? Give a folder")
     options.checkpoint = first.checkpoint
+    files = [Path(file).absolute() for file in (options.save, options.output, options.plot) if file]
+    same = options.temperature == 0 and options.unmasking == "low_confidence"
+    wrong = {
+        "--samples and --seeds need a --temperature above 0": same and options.samples * len(options.seeds) > 1,
+        "tiny has no weights yet: give a run or a pretrained-* folder": "tiny" in (options.checkpoint, options.base),
+        f"tiny models know no {options.task}": options.task != "sudoku" and agrpo.is_tiny(options.checkpoint),
+        "--save, --output or --plot: the file is there already": any(file.exists() for file in files),
+        "--save, --output or --plot: no such folder": not all(file.parent.is_dir() for file in files),
+        "--plot needs pip install matplotlib": options.plot and not importlib.util.find_spec("matplotlib"),
+    }
+    for sentence in [sentence for sentence, is_so in wrong.items() if is_so]:
+        refuse(sentence)
     return options
 
 
-def check_options(options: Options) -> None:
-    """Raise BadInput with one sentence on the first option that cannot work, before anything is loaded or written."""
-    zero, one = ("examples", "show", "top_k", "temperature"), ("samples", "batch", "completion_length", "block_length")
-    for name in zero + one:
-        if not (name in one) <= getattr(options, name) <= 10**6:
-            raise BadInput(f"--{name} must be from {int(name in one)} to 1,000,000, not {getattr(options, name)}")
-    if not 0 < options.top_p <= 1:
-        raise BadInput(f"--top_p must be above 0 and at most 1, not {options.top_p}")
-    for name in ("steps", "seeds"):
-        value, times = Counter(getattr(options, name)).most_common(1)[0]
-        if times > 1:
-            raise BadInput(f"--{name} has {value} twice")
-    for steps in options.steps:
-        try:
-            agrpo.tokens_per_step(options.completion_length, options.block_length, steps)
-        except ValueError as error:
-            where = "--steps, --block_length, --completion_length"
-            raise BadInput(f"{where} do not fit together: {error}") from None
-    repeated = {"samples": options.samples > 1, "seeds": len(options.seeds) > 1}
-    if any(repeated.values()) and options.temperature == 0 and options.unmasking == "low_confidence":
-        name = max(repeated, key=repeated.get)
-        raise BadInput(f"--{name}: at temperature 0 every completion would be the same; give a --temperature")
-    for checkpoint in filter(None, (options.checkpoint, options.base)):
-        if checkpoint == "tiny":
-            raise BadInput("tiny has no weights yet: give the folder of a run, or a pretrained-* one beside it")
-        if agrpo.is_bert(checkpoint) and options.task != "sudoku":
-            raise BadInput(f"{checkpoint} knows only sudoku, not {options.task}: give a LLaDA or Dream checkpoint")
-    files = [Path(file).absolute() for file in (options.save, options.output, options.plot) if file]
-    if len(set(files)) < len(files):
-        raise BadInput("--save, --output and --plot must be different files")
-    for name, file in ("save", options.save), ("output", options.output), ("plot", options.plot):
-        if file and Path(file).exists():
-            raise BadInput(f"--{name} {file} is there already and is not overwritten: choose another name")
-        if file and not Path(file).absolute().parent.is_dir():
-            raise BadInput(f"--{name} {file}: there is no such folder")
-        if file and not os.access(Path(file).absolute().parent, os.W_OK):
-            raise BadInput(f"--{name} {file}: this folder cannot be written to")
-    if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--plot {options.plot}: give a name that ends in .png, .pdf or .svg")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise BadInput("--plot needs the package matplotlib: pip install matplotlib")
-
-
 def main(argv: list[str] | None = None) -> None:
-    transformers.logging.set_verbosity_error()  # what goes wrong in loading is refused below, in a sentence
-    transformers.logging.disable_progress_bar()
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ░ and █ shows ? for them
     options = parse_options(argv)
+    hf.logging.set_verbosity_error()  # what goes wrong in loading is refused in a sentence
+    hf.logging.disable_progress_bar()
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # torchrun
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    task, models = agrpo.TASKS[options.task], {"base": options.base} if options.base else {}
-    models["trained"] = options.checkpoint
+    models = {"trained": options.checkpoint} | ({"base": options.base} if options.base else {})
     try:
-        check_options(options)
-        device = torch.zeros(1, device=options.device).device
-        examples = task.examples("test", Settings(task=options.task, data=options.data))[: options.examples or None]
+        torch.zeros(1, device=options.device)
+        for steps in options.steps:
+            agrpo.tokens_per_step(options.completion_length, options.block_length, steps)
         for checkpoint in models.values():
-            agrpo.find_checkpoint(checkpoint, device)
-    except (BadInput, OSError, RuntimeError, AssertionError) as error:
-        refuse(str(error).splitlines()[0].replace("--model FOLDER", "the FOLDER"))
-    agrpo.any_rank(False)  # every process has looked before one of them writes
-
-    how = f"{options.unmasking} unmasking, temperature {options.temperature:g}"
-    title = f"{options.task}, {len(examples)} test examples, {how}"
-    say = print if rank() == 0 else lambda *words: None
-    say("\n".join([title, *(f"  {name:8} {checkpoint}" for name, checkpoint in models.items())]))
-    results = dict.fromkeys(models)
-    for name in reversed(models):  # the trained one first: --show should not have to wait for the other
-        try:
-            loaded = load(models[name], options, task, examples, device)
-        except BadInput as error:
-            refuse(str(error))
-        results[name] = measure(name, *loaded, task, examples, options)
-        del loaded  # before the next one is loaded: there may not be room for two
-    if rank() > 0:
-        return
-    print_table(results, options)
-    print_bars(results)
-    if options.output:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        versions |= {"transformers": transformers.__version__, "processes": world_size()}
-        found = {"arguments": asdict(options), "versions": versions, "examples": len(examples), "results": results}
-        Path(options.output).write_text(json.dumps(found, indent=1))
-    if options.plot:
-        plot(results, title, options.plot)
+            agrpo.find_checkpoint(checkpoint, options.device)
+        test = agrpo.TASKS[options.task].examples("test", agrpo.Settings(data=options.data))[: options.examples or None]
+    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
+        refuse(str(error).splitlines()[0])
+    results = {name: measure(name, checkpoint, test, options) for name, checkpoint in models.items()}
+    if rank() == 0:
+        title = f"{options.task}, {len(test)} test examples, {options.unmasking}, temperature {options.temperature:g}"
+        print_table(title, results)
+        if options.output:
+            found = {"options": asdict(options), "torch": torch.__version__, "transformers": hf.__version__}
+            found |= {"processes": world_size(), "examples": len(test), "results": results}
+            Path(options.output).write_text(json.dumps(found, indent=1))
+        if options.plot:
+            plot(results, title, options.plot)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        refuse("stopped")
+    main()
