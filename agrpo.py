@@ -2,21 +2,20 @@
 
     python agrpo.py                          train a tiny model on 4x4 Sudoku: minutes on a CPU, nothing to download
     python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (or math, countdown)
-    torchrun --nproc_per_node 8 agrpo.py --task gsm8k             the same on eight GPUs
+    torchrun --nproc_per_node 8 agrpo.py --task gsm8k
     python agrpo.py --resume RUN             go on with a run; other options given here override its own
     python agrpo.py --task gsm8k --help      every setting, with its default for that task
 
-AGRPO stands for Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Policy Gradients for Reasoning with
+AGRPO is Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Policy Gradients for Reasoning with
 Diffusion Language Models", ICML 2026, arXiv 2510.04019v2). A masked diffusion language model predicts the masked tokens
-of a completion. It generates by unmasking: the completion starts as masks only, and each of T steps unmasks a few
-positions, whose tokens are drawn independently of each other. The completion is generated in blocks, from left to
-right; it has ended when a whole block is EOS. This is a Markov decision process. AGRPO is GRPO (arXiv 2402.03300) on
-it and maximizes, over B completions,
+of a completion. Generation starts from masks only; each of T steps unmasks a few positions, whose tokens are drawn
+independently, block by block from the left, until a whole block is EOS. This is a Markov decision process. AGRPO is
+GRPO (arXiv 2402.03300) on it, and maximizes over B completions
 
     J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
-Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k of them are drawn, k << T, and
-weighted so that they stand for all in expectation. An update costs k passes per completion.
+Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k << T of them are drawn, and
+weighted so that they stand for all in expectation.
 
 Letters, and the words for them in the code (i is a row, j a position; the paper writes m for T):
 
@@ -28,23 +27,21 @@ Letters, and the words for them in the code (i is a row, j a position; the paper
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
 
-Unbiased for what? Over the draw of steps: always for the gradient of J. Over rollouts as well, if unmasking is random,
-L_i = T for all rows, beta 0, advantages are not scaled, and it is the first update on its rollouts: for (1 - 1/G) / T
-times grad E[reward]. A random order carries no parameters, so this is exact, and all that a policy gradient needs:
+Unbiased for what? Over the draw of steps: always for the gradient of J. Over rollouts as well: for (1 - 1/G) / T times
+grad E[reward], if unmasking is random, L_i = T, beta 0, advantages not scaled, and it is the first update on these
+rollouts. A random order carries no parameters, so the likelihood that a policy gradient needs is exact:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
-(The sum's mean over orders is the sampler's ELBO, a lower bound on log p(o | q). In this sense it is ELBO-style.) With
-"sequence", steps of rows that end early weigh more, as in GRPO. Low-confidence unmasking depends on theta: then the sum
-is an approximation.
+(Its mean over orders is an ELBO, a lower bound on log p(o | q): the estimator is ELBO-style.) "sequence" gives rows that
+end early more weight per step, as GRPO does. Low-confidence unmasking depends on theta: the sum is an approximation.
 
 Whose is what?
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
-    the official code's   steps drawn in proportion to entropy, stratified over the batch; top-k and top-p in the ratio;
-                          the settings in RELEASE
-    this file's own       steps drawn in proportion to `surprise`, without replacement, stratified within each row too
-                          (`draw_timesteps`); rho of the first update exactly 1; every sampled token counts (the
-                          official code drops those behind the last non-EOS token, and so terms of the gradient)
+    the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; RELEASE
+    this file's own       steps drawn by `surprise`, without replacement, stratified within each row too; rho of the
+                          first update exactly 1; every sampled token counts (the official code drops those behind the
+                          last non-EOS token, and so terms of the gradient)
     off by default        dividing by the group's standard deviation; the KL
 """
 
@@ -62,20 +59,20 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import datasets
+import huggingface_hub as hub
 import tokenizers
 import torch
 import torch.distributed as dist
 import transformers as hf
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
 # ===== 1. Sampler.  pi(trajectory | q) = prod_t [ Pr(U_t | s_t) prod_{j in U_t} p_theta(o_j | q, s_t) ] ===============
@@ -83,10 +80,7 @@ from tqdm import tqdm
 
 @dataclass
 class Rollout:
-    """B completions, each with the trajectory that led to it. logp and entropy are float64 where the model is.
-
-    Where step is -1, logp and kept are 0.
-    """
+    """B completions, each with the trajectory that led to it. logp and entropy are float64 where the model is."""
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
@@ -113,16 +107,15 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
         options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
     hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
     positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
-    hidden = hidden[row[:, None], positions]  # (N, n, D)
     head = model.cls if hasattr(model, "cls") else model.lm_head  # BERT's head has a layer of its own
-    return head(hidden)
+    return head(hidden[row[:, None], positions])
 
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """The ids left to choose from after top-k, then top-p (nucleus sampling, arXiv 1904.09751) among those.
 
-    logits (..., V). Returns (..., K) int64 with -1 in unused places, K = top_k, at most V (V itself for top_k 0); None
-    where nothing is cut. At least one id is kept; mask_id never is. Ids take less memory than masks over V.
+    logits (..., V). Returns (..., K) int64, K = top_k or V, -1 in unused places; None where nothing is cut. At least
+    one id is kept; mask_id never is. Ids take less memory than masks over V.
     """
     if not top_k and top_p >= 1:
         return None
@@ -148,12 +141,8 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
     return (logits / (temperature or 1.0)).log_softmax(-1)  # at 0 one id is kept: any divisor will do
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log-probabilities
-
-
-def without_mask(logits: Tensor, mask_id: int) -> Tensor:
-    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, -math.inf)
+at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
+without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device=x.device) == mask_id, -math.inf)
 
 
 def tokens_per_step(completion_length: int, block_length: int, steps: int) -> list[int]:
@@ -190,16 +179,13 @@ def sample(
     per_step = tokens_per_step(completion_length, block_length, steps)
     if temperature == 0:
         temperature, top_k = 1.0, 1  # greedy is a choice from one
-    (B, P), C, device = prompt.shape, completion_length, prompt.device
+    B, C, device = len(prompt), completion_length, prompt.device
+    P = int(prompt_mask.sum(1).max())  # the longest prompt; all left of it is padding
+    ids = torch.cat([prompt[:, prompt.shape[1] - P :], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
+    attention_mask = torch.cat([prompt_mask[:, prompt.shape[1] - P :], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
+    step, num_steps, kept = prompt.new_full((B, C), -1), prompt.new_zeros(B), None
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-
-    ids = torch.cat([prompt, prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
-    attention_mask = torch.cat([prompt_mask, prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
-    step = prompt.new_full((B, C), -1)
-    logp = torch.zeros(B, C, dtype=dtype, device=device)
-    entropy = torch.zeros(B, steps, dtype=dtype, device=device)
-    num_steps = prompt.new_zeros(B)
-    kept = None
+    logp, entropy = (torch.zeros(B, n, dtype=dtype, device=device) for n in (C, steps))
 
     rows, t = torch.arange(B, device=device), 0  # the R rows that have not ended
     for start in range(0, C, block_length):
@@ -245,15 +231,13 @@ def sample(
 #                       = E[ sum over the k drawn t of f(t) / inclusion(t) ] + const
 
 
-def draw_timesteps(
-    num_steps: Tensor, k: int, proposal: Tensor | None = None, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, generator=None) -> tuple[Tensor, Tensor]:
     """Draw k timesteps for each row; sum_d weights[d] f(steps[d]) is unbiased for the sum of f(t) over t < num_steps.
 
     num_steps (B,) int64. proposal (B, T) nonnegative, of any scale, positive on each row's own steps; None = uniform.
     generator on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
-    inclusion(t) is the probability that step t is drawn: k times its share of the proposal. A step weighs 1 / inclusion
+    inclusion(t), the probability that step t is drawn, is k times its share of the proposal; a step weighs 1/inclusion
     (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8, which end to end fill [0, k):
 
         0   .2       .6           1.2            2
@@ -272,8 +256,7 @@ def draw_timesteps(
     B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
     taken = torch.arange(T) < num_steps  # (B, T)
     density = taken.double() if proposal is None else proposal.detach().cpu().double() * taken
-    covered = (num_steps <= T).all() and ((density > 0) | ~taken).all()
-    if not (covered and density.isfinite().all() and (density >= 0).all()):
+    if (num_steps > T).any() or (taken & (density <= 0)).any() or (density < 0).any() or not density.isfinite().all():
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
     certain = taken & (num_steps <= k)  # (B, T), steps with inclusion 1
@@ -314,9 +297,7 @@ def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 
     return torch.where(total > 0, (1 - uniform_share) * score / total + uniform_share * uniform, uniform)
 
 
-def step_logps(
-    model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float
-) -> tuple[Tensor, Tensor]:
+def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float):
     """log p_theta(o_j | q, s_t) of the tokens that step t unmasked, under the model as it is: a pass per (row, step).
 
     rows (N,) and steps (N,) int64, N >= 1 pairs. Returns logp (N, C), nats, 0 elsewhere, differentiable; and unmasked
@@ -333,19 +314,16 @@ def step_logps(
     attention_mask = torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
     logits = logits_at(model, torch.cat([prompt, state], 1), attention_mask, P + evaluated)  # (N, n, V)
 
-    token, kept = completion.gather(1, evaluated)[..., None], None  # (N, n, 1)
-    index = token  # among the V ids
+    kept, index = None, completion.gather(1, evaluated)[..., None]  # (N, n, 1), the token's place among the V ids
     if rollout.kept is not None:
         kept = rollout.kept[rows[:, None], evaluated]  # (N, n, K)
-        index = (kept == token).int().argmax(-1, keepdim=True)  # among the K kept ones
+        index = (kept == index).int().argmax(-1, keepdim=True)  # its place among the K kept ones
     logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
     logps = logps.masked_fill(~unmasked.gather(1, evaluated), 0)
-    return torch.zeros(unmasked.shape, dtype=logps.dtype, device=logps.device).scatter(1, evaluated, logps), unmasked
+    return logps.new_zeros(unmasked.shape).scatter(1, evaluated, logps), unmasked
 
 
-def estimate_logp(
-    model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal: Tensor | None = None, generator=None
-) -> Tensor:
+def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal=None, generator=None):
     """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
 
     Exact for rows with num_steps <= k. proposal and generator as in `draw_timesteps`. Training does not call this:
@@ -378,9 +356,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
     return advantage.view(-1)
 
 
-def clipped_objective(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low: float = 0.2, eps_high: float = 0.2
-) -> Tensor:
+def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low=0.2, eps_high=0.2) -> Tensor:
     """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), elementwise, to be maximized (PPO, arXiv 1707.06347).
 
     rho = exp(logp - old_logp). All three broadcast together; differentiable in logp.
@@ -455,123 +431,116 @@ def policy_gradient(
 
 
 def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
-    """Rollouts, rewards, advantages, timesteps, gradient, AdamW; repeat, from the run's newest checkpoint on.
+    """Rollouts, rewards, advantages, gradient, AdamW; repeat, from the run's newest checkpoint on.
 
-    Every random choice is seeded by (seed, purpose, update), so a run that was killed and resumed ends as if it had not
+    Every random choice is seeded by (seed, purpose, update): a run that was killed and resumed ends as if it had not
     been, on a CPU bit for bit. Raises FloatingPointError where log-probabilities or a gradient are not finite.
     """
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
     start, track = load_training_state(run, optimizer), tracker(args) if rank() == 0 else None
+    policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
     progress = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0)
     for update in progress:
         # Rollouts: group_size completions of each prompt, side by side.
-        began = time.perf_counter()
-        warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
-        optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * min(1.0, warm) * cosine
         prompts = [example for example in draw_examples(examples, update, args) for _ in range(args.group_size)]
         key = (args.seed, "rollout", update)
-        batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, key, **args.sampling())
-        seconds_rollout = time.perf_counter() - began
+        batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, key)
 
         # Rewards and advantages.
-        grades = [task.grade(example, text) for example, text in zip(batch, texts)]
-        rewards = torch.tensor([reward for reward, _ in grades], dtype=torch.float32).to(model.device)
+        grades = torch.tensor([task.grade(*pair) for pair in zip(batch, texts)], dtype=torch.float32)  # (B, 2)
+        rewards, right = grades.to(model.device).unbind(1)
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
         # Timesteps: drawn more often where more can be learned.
         scores = {"surprise": surprise(rollout), "entropy": rollout.entropy, "uniform": 0 * rollout.entropy}
         proposal = defensive_proposal(scores[args.timestep_proposal], rollout.num_steps)
-        policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
-        views = [rollout] * args.updates_per_rollout
-        rng = lambda purpose, i, update=update: seeded_generator("cpu", args.seed, purpose, update, i, rank())
+        rngs = [seeded_generator("cpu", args.seed, update, i, rank()) for i in range(args.updates_per_rollout)]
+        views = [rollout] * len(rngs)
         if args.method == "diffu_grpo":
-            rngs = [rng("prompt masks", i) for i in range(len(views))]
             views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
 
         # Updates: the first is on the policy that sampled; the others are not, which is what clipping is for.
+        warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
         for i, view in enumerate(views):
             optimizer.zero_grad()
             metrics = policy_gradient(
                 model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=args.length_norm,
-                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model,
-                generator=rng("timesteps", i), **policy,
+                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, generator=rngs[i],
+                **policy,
             )  # fmt: skip
-            average_gradients(trained)
+            for p in trained:  # where nothing was to be learned there is no gradient: take part with zeros
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if world_size() > 1:
+                    dist.all_reduce(p.grad)
+                    p.grad /= world_size()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (rollout.logp.isfinite().all() and grad_norm.isfinite()):
                 cause = "--learning_rate, --beta or --updates_per_rollout may be too high: resume with less"
                 raise FloatingPointError(f"update {update + 1} is not finite; {last_checkpoint(run)}. {cause}")
             optimizer.step()
 
-        groups, tokens = rewards.view(-1, args.group_size), (rollout.step >= 0).sum()
+        std, tokens = rewards.view(-1, args.group_size).std(1), (rollout.step >= 0).sum()
         metrics |= {
             "reward": rewards.mean(),
-            "reward_std": groups.std(1).mean(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean(),
-            "accuracy": sum(right for _, right in grades) / len(grades),
-            "completion_length": tokens / len(batch),
-            "entropy": rollout.entropy.sum() / tokens,
+            "reward_std": std.mean(),
+            "accuracy": right.mean(),
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "seconds_rollout": seconds_rollout,
-            "seconds_update": time.perf_counter() - began - seconds_rollout,
         }
-        metrics = mean_over_ranks(metrics)
+        metrics |= {"completion_length": tokens / len(batch), "entropy": rollout.entropy.sum() / tokens}
+        metrics |= {
+            "frac_reward_zero_std": (std < 1e-6).float().mean(),
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        metrics = {"update": update + 1} | mean_over_ranks(metrics)
         if args.eval_every and (update + 1) % args.eval_every == 0:
             metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
-        if rank() == 0:
-            metrics = {"update": update + 1} | metrics
-            with open(run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            track(metrics)
-            text = "reward {reward:.2f} accuracy {accuracy:.2f} clip_ratio {clip_ratio:.3f} grad_norm {grad_norm:.2f}"
-            progress.set_postfix_str(text.format(**metrics))
-            if args.show_every and (update + 1) % args.show_every == 0:
-                progress.write(f"\nupdate {update + 1}, reward {rewards[0]:g}\n{task.show(batch[0], texts[0])}\n")
+        if rank() > 0:
+            continue
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        track(metrics)
+        progress.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "accuracy", "grad_norm")})
+        if args.show_every and (update + 1) % args.show_every == 0:
+            progress.write(f"\nupdate {update + 1}, reward {rewards[0]:g}\n{task.show(batch[0], texts[0])}\n")
         if (update + 1) % args.save_every == 0 or update + 1 == args.max_steps:
             save_training_state(run, update + 1, model, tokenizer, optimizer)
     model.eval()
 
 
-def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **sampling):
+def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
 
     Each --rollout_batch has a generator of its own, from key: completions do not depend on the number of processes.
     Completions end before their first EOS. Tokens after it were sampled, so they are trained on; rewards ignore them.
+    changes override settings of sampling. Raises BadInput where the model has not enough positions.
     """
-    mine, texts, rollouts, eos_id = [], [], [], tokenizer.eos_token_id
+    names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
+    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": tokenizer.eos_token_id}
+    prompts, mine, texts, rollouts = [task.prompt(example, tokenizer) for example in examples], [], [], []
+    encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    longest, most = encoded["input_ids"].shape[1] + args.completion_length, model.config.max_position_embeddings
+    if longest > most:
+        raise BadInput(f"the longest prompt and a completion make {longest} tokens, but the model has {most} positions")
     for n in range(rank(), math.ceil(len(examples) / args.rollout_batch), world_size()):
-        part = examples[n * args.rollout_batch : (n + 1) * args.rollout_batch]
-        prompts = [task.prompt(example, tokenizer) for example in part]
-        encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-        ids, mask = (encoded[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        rng = seeded_generator(model.device, *key, n)
-        rollouts.append(sample(model, ids, mask.bool(), mask_id=mask_id, eos_id=eos_id, generator=rng, **sampling))
-        rows = [row[: row.index(eos_id)] if eos_id in row else row for row in rollouts[-1].completion.tolist()]
-        mine, texts = mine + part, texts + tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return mine, texts, concatenate(rollouts) if rollouts else None
-
-
-def concatenate(rollouts: list[Rollout]) -> Rollout:
-    """One rollout of all rows; shorter prompts are padded on the left."""
-    P = max(r.prompt.shape[1] for r in rollouts)
-    left_pad = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
-    rollouts = [replace(r, prompt=left_pad(r.prompt), prompt_mask=left_pad(r.prompt_mask)) for r in rollouts]
-    columns = zip(*(vars(r).values() for r in rollouts))
-    return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))
+        part, rng = slice(n * args.rollout_batch, (n + 1) * args.rollout_batch), seeded_generator(model.device, *key, n)
+        ids, mask = (encoded[name][part].to(model.device) for name in ("input_ids", "attention_mask"))
+        rollouts.append(sample(model, ids, mask.bool(), generator=rng, **sampling | changes))
+        rows = [row[: [*row, sampling["eos_id"]].index(sampling["eos_id"])] for row in rollouts[-1].completion.tolist()]
+        mine, texts = mine + examples[part], texts + tokenizer.batch_decode(rows, skip_special_tokens=True)
+    columns = zip(*(vars(rollout).values() for rollout in rollouts))  # none if this process has no share
+    rollout = [None if column[0] is None else torch.cat(column) for column in columns]
+    return mine, texts, Rollout(*rollout) if rollout else None
 
 
 def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
-    sampling = args.sampling() | {"steps": steps} | (GREEDY if greedy else {})
-    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), **sampling)
-    right = sum(task.grade(example, text)[1] for example, text in zip(mine, texts))
+    changes = {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0} if greedy else {}
+    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **changes)
+    right = sum(task.grade(*pair)[1] for pair in zip(mine, texts))
     return mean_over_ranks({"right": right})["right"] * world_size() / len(test)
-
-
-GREEDY = {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
 def one_step_view(
@@ -580,17 +549,17 @@ def one_step_view(
     """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: the rollout as if one step had unmasked it all.
 
     The completion is all masks, and so is each prompt token with probability 0.15. Hardly any token was sampled in such
-    a state, so the gradient is biased. Give the result to `policy_gradient` in place of the rollout. Its logp is the
-    model's as it is now; with on_policy, where that is not needed, the sampler's. Nothing is truncated.
+    a state, so the gradient is biased. Give the result to `policy_gradient` in place of the rollout. Off policy, its
+    logp is the model's as it is now. Nothing is truncated.
     """
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
     if not on_policy:
-        zeros, policy = torch.zeros_like(view.num_steps), {"mask_id": mask_id, "temperature": temperature}
-        parts = torch.arange(len(zeros), device=zeros.device).split(micro_batch)
+        logps = lambda rows: step_logps(model, view, rows, 0 * rows, mask_id=mask_id, temperature=temperature)[0]
         with torch.no_grad():
-            view.logp = torch.cat([step_logps(model, view, rows, zeros[rows], **policy)[0] for rows in parts])
+            rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
+            view.logp = torch.cat(list(map(logps, rows)))
     return view
 
 
@@ -601,38 +570,32 @@ def seeded_generator(device, *key) -> torch.Generator:
 
 def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[dict]:
     """The prompts of one update: every example comes once per epoch, each epoch in another random order."""
-    first, size, batch = update * args.prompts_per_update, len(examples), []  # counted from the start of the run
-    for n in range(first, first + args.prompts_per_update):
-        if not batch or n % size == 0:
-            order = random.Random(f"{args.seed} epoch {n // size}").sample(range(size), size)
-        batch.append(examples[order[n % size]])
-    return batch
+    size, first = len(examples), update * args.prompts_per_update  # counted from the start of the run
+    places = [divmod(n, size) for n in range(first, first + args.prompts_per_update)]
+    epochs = {n: random.Random(f"{args.seed} epoch {n}").sample(range(size), size) for n in {n for n, _ in places}}
+    return [examples[epochs[n][place]] for n, place in places]
 
 
 def tracker(args: "Settings") -> Callable[[dict], None]:
     """What takes an update's metrics where --report_to says."""
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(args.output_dir)
-        return lambda metrics: [writer.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
     if args.report_to == "wandb":
         import wandb
 
-        run = wandb.init(project="agrpo", name=Path(args.output_dir).name, config=asdict(args))
-        return lambda metrics: run.log(metrics, step=metrics["update"])
+        return wandb.init(project="agrpo", name=Path(args.output_dir).name, config=asdict(args)).log
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        add = SummaryWriter(args.output_dir).add_scalar
+        return lambda metrics: [add(name, value, metrics["update"]) for name, value in metrics.items()]
     return lambda metrics: None
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+rank = lambda: dist.get_rank() if dist.is_initialized() else 0
+world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 
 
 def mean_over_ranks(metrics: dict) -> dict[str, float]:
+    """Also where processes wait for each other."""
     values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
     if world_size() > 1:
         values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -640,40 +603,20 @@ def mean_over_ranks(metrics: dict) -> dict[str, float]:
     return dict(zip(metrics, (values / world_size()).tolist()))
 
 
-def wait_for_all_ranks() -> None:
-    mean_over_ranks({})
-
-
-def average_gradients(params: list[Tensor]) -> None:
-    """Mean of the gradients over processes; those that had nothing to learn from take part with zeros."""
-    if world_size() == 1 or not mean_over_ranks({"any": any(p.grad is not None for p in params)})["any"]:
-        return
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(p.grad)
-        p.grad /= world_size()
-
-
 def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> None:
-    """Write run/checkpoint-N, the model and the optimizer, and keep the newest two. It is renamed when whole, so that a
-    killed process leaves no half of one."""
-    if rank() == 0:
-        aside, final = run / "checkpoint.part", run / f"checkpoint-{update}"
-        shutil.rmtree(aside, ignore_errors=True)
-        save_model(model, tokenizer, aside)
-        state = optimizer.state_dict()["state"]
-        tensors = {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
-        save_file(tensors, aside / "optimizer.safetensors")
-        aside.rename(final)
-        for old in checkpoints(run)[:-2]:
-            shutil.rmtree(old)
-    wait_for_all_ranks()
+    """Write run/checkpoint-N, keep the newest two. It is renamed when whole: a killed process leaves no half of one."""
+    aside, state = run / "checkpoint.part", optimizer.state_dict()["state"]
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(model, tokenizer, aside)
+    save_file({f"{i} {name}": x for i in state for name, x in state[i].items()}, aside / "optimizer.safetensors")
+    aside.rename(run / f"checkpoint-{update}")
+    for old in checkpoints(run)[:-2]:
+        shutil.rmtree(old)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    return sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))
 
 
 def last_checkpoint(run: Path) -> str:
@@ -682,15 +625,14 @@ def last_checkpoint(run: Path) -> str:
 
 def load_training_state(run: Path, optimizer) -> int:
     """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it, return the updates made so far."""
-    done, state = 0, {}
+    done, state, log = 0, {}, run / "metrics.jsonl"
     for newest in checkpoints(run)[-1:]:
         done = int(newest.name[11:])
         for key, tensor in load_file(newest / "optimizer.safetensors").items():
-            i, name = key.split(".")
+            i, name = key.split()
             state.setdefault(int(i), {})[name] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    log = run / "metrics.jsonl"
-    if log.exists() and rank() == 0:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if rank() == 0 and log.exists():
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
     return done
 
@@ -710,11 +652,8 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on. An example is a dict; question and plain are templates over it.
-
-    A model is asked the question and must write <reasoning>...</reasoning><answer>...</answer>. Where there is `plain`,
-    for models without a chat template like the tiny one, it is shown that, and its whole completion is the answer.
-    """
+    """An example is a dict; question and plain are templates over it. A model is asked the question and must write
+    <reasoning>...</reasoning><answer>...</answer>; or, without a chat template, is shown plain and writes the answer."""
 
     question: str
     is_right: Callable[[dict, str], bool]  # (example, answer)
@@ -723,7 +662,7 @@ class Task:
     create: Callable[[str, int], list[dict]] | None = None  # (split, seed) -> examples, where there is no --data
     plain: str | None = None
     credit: Callable[[dict, str], float] = lambda example, answer: 0.0  # partial credit, from 0 to 1
-    picture: Callable[[dict, str], str] | None = None
+    picture: Callable[[dict, str], str] = lambda example, answer: answer
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
         """Examples of "train" or "test": from --data, made here, or from the hub."""
@@ -732,7 +671,7 @@ class Task:
         return read_rows(args.data or self.hub[split], split, self.columns)
 
     def for_model(self, tokenizer) -> "Task":
-        return replace(self, plain=None) if tokenizer.chat_template else self
+        return replace(self, plain=None, picture=Task.picture) if tokenizer.chat_template else self
 
     def prompt(self, example: dict, tokenizer) -> str:
         text = (self.plain or self.question).format(**example)
@@ -754,8 +693,9 @@ class Task:
         return right + credit if self.plain else 3 * right + credit + 0.5 * tags, right
 
     def show(self, example: dict, completion: str) -> str:
-        text = self.picture(example, completion) if self.picture and self.plain else completion
-        return f"{text}\n    {'right' if self.grade(example, completion)[1] else 'wrong'}"
+        return self.picture(example, completion) + (
+            "\n    right" if self.grade(example, completion)[1] else "\n    wrong"
+        )
 
 
 def inside_tags(text: str, tag: str) -> str | None:
@@ -771,35 +711,31 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
     columns as in `Task`; where a pattern has a group, the group is the value. Raises BadInput that names what is wrong.
     """
     place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
-    name = re.compile(split + r"(-\d+-of-\d+)?\.(jsonl?|csv|parquet)")
-    folders = (place, place / "main", place / "data")  # the latter two on the hub
-    found = [sorted(f for f in folder.glob("*") if name.fullmatch(f.name)) for folder in folders]
-    files = [place] if place.is_file() else next(filter(None, found), [])
-    if (
-        not files
-        or place.is_file()
-        and (split == "train" or place.suffix not in (".csv", ".json", ".jsonl", ".parquet"))
-    ):
+    name = r"\w+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
+    found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
+    files = [file for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name)]
+    if not files:
         raise BadInput(f"--data {source}: give a folder with a {split}.csv, .json, .jsonl or .parquet")
-    kind, wanted = files[0].suffix[1:].removesuffix("l"), [column for column, _ in columns.values()]
-    options = {"converters": dict.fromkeys(wanted, str)} if kind == "csv" else {}  # numbers would lose leading zeros
-    datasets.disable_progress_bars()
+    kind, files = files[0].suffix[1:].removesuffix("l"), sorted(str(f) for f in files if f.parent == files[0].parent)
+    text = {"converters": {column: str for column, _ in columns.values()}}  # as numbers they would lose leading zeros
     try:
-        table = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", **options)
+        table = datasets.load_dataset(kind, data_files=files, split="train", **text if kind == "csv" else {})
     except Exception as error:  # noqa: BLE001 - each format has errors of its own
         reason = (str(error.__cause__ or error) or "empty").splitlines()[0]
         raise BadInput(f"--data {files[0]}: not readable, or no rows: {reason}") from None
-    missing = [column for column in wanted if column not in table.column_names] or ([] if len(table) else ["rows"])
-    if missing:
-        raise BadInput(f"--data {files[0]}: no {', '.join(missing)}; its columns: {', '.join(table.column_names)}")
-    examples = [{} for _ in table]
-    for field_name, (column, pattern) in columns.items():
-        for number, value in enumerate(table[column], start=1):
-            match = re.fullmatch(pattern, "" if value is None else str(value).strip(), re.DOTALL)
+    rows = []
+    for number, row in enumerate(table.to_list(), start=1):
+        rows.append({})
+        for key, (column, pattern) in columns.items():
+            match = re.fullmatch(pattern, str(row.get(column) or "").strip(), re.DOTALL)
             if not match:
-                raise BadInput(f"--data {files[0]}, row {number}: {column} does not look like {pattern}: {value!r:.80}")
-            examples[number - 1][field_name] = match[match.lastindex or 0]
-    return examples
+                raise BadInput(
+                    f"--data {files[0]}, row {number}: no {column} that looks like {pattern} in {row!r:.100}"
+                )
+            rows[-1][key] = match[match.lastindex or 0]
+    if not rows:
+        raise BadInput(f"--data {files[0]} has no rows")
+    return rows
 
 
 # A 4x4 Sudoku is its 16 cells, row by row, 0 for a blank. Each of 4 rows, 4 columns and 4 boxes holds 1 to 4 once.
@@ -868,11 +804,11 @@ def arithmetic(expression: str) -> Fraction | None:
         return OPERATIONS[type(node.op)](value(node.left), value(node.right))
 
     expression = " ".join(expression.split())
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression) or re.search(r"[0-9)] *\(", expression):
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
         return None
     try:
         return value(ast.parse(expression, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, KeyError, AttributeError):  # the last two: **, // or a sign
+    except (SyntaxError, ValueError, ZeroDivisionError, KeyError, AttributeError):  # the last two: 2 ** 3, 2(3), -2
         return None
 
 
@@ -884,32 +820,26 @@ def gsm8k_right(example: dict, answer: str) -> bool:
 
 def boxed(text: str) -> str | None:
     r"""What the only \boxed{...} of a text holds, braces matched; None where there is none, or more than one."""
-    if text.count("\\boxed{") != 1:
-        return None
-    inside, depth = text.split("\\boxed{")[1], 1
-    for i, character in enumerate(inside[:1000]):
+    parts, depth = text.split("\\boxed{"), 1
+    for i, character in enumerate(parts[1][:1000] if len(parts) == 2 else ""):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return inside[:i]
+            return parts[1][:i]
     return None
 
 
 NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
-MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]")  # hyphens, en dash, minus signs
-AROUND = re.compile(r"[\\$]+(?![0-9.\\$])|(?<![0-9.,\\$])[\\$]+")  # $ and \ before or after a number, never inside
+MINUS = re.compile("[-\u2010-\u2013\u2212\ufe63\uff0d]\\W*$")  # hyphens, en dash, minus signs
 
 
 def single_number(text: str) -> Fraction | None:
     """The number in a text that holds exactly one, negative if a minus stands before it with no letter between. None
     for none, several, digits other than 0 to 9, or over 100 characters. Words are not read: 72 thousand is 72."""
-    if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
-        return None
-    text = AROUND.sub("", MINUS.sub("-", text.replace("{,}", ",")))
-    found = list(NUMBER.finditer(text))
-    if len(found) != 1:
+    found = list(NUMBER.finditer(text := text.replace("{,}", ",")))
+    if len(found) != 1 or len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
     value = Fraction(found[0][0].replace(",", ""))
-    return -value if re.search(r"-\W*$", text[: found[0].start()]) else value
+    return -value if MINUS.search(text[: found[0].start()]) else value
 
 
 def math_right(example: dict, answer: str) -> bool:
@@ -966,18 +896,17 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
-    folder = find_checkpoint(name_or_path, device)
+    folder = find_checkpoint(name_or_path)
     if (folder / "adapter_config.json").exists():
         adapter = json.loads((folder / "adapter_config.json").read_text())
         if any(adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
             raise BadInput(f"{folder} is no plain LoRA adapter, the only kind that this file reads")
         model, tokenizer, mask_id = load_model(adapter["base_model_name_or_path"], device, dtype)
         add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"])
-        weights, saved = lora_weights(model), load_file(folder / "adapter_model.safetensors")
-        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in saved.items()}:
+        saved = {name.removeprefix(PEFT): x for name, x in load_file(folder / "adapter_model.safetensors").items()}
+        if {n: x.shape for n, x in saved.items()} != {n: p.shape for n, p in model.named_parameters() if "lora_" in n}:
             raise BadInput(f"{folder} is an adapter of other layers than this file trains in {model.name_or_path}")
-        for name, weight in weights.items():
-            weight.data.copy_(saved[name])
+        model.load_state_dict(saved, strict=False)
         return model, tokenizer, mask_id
 
     raw = json.loads((folder / "config.json").read_text())
@@ -990,19 +919,22 @@ def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: tor
     given = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
     config = model_class.config_class(**given | extra | {"use_cache": False})
     with torch.device("meta"):
-        refuse_on_cpu(name_or_path, model_class(config).num_parameters(), device)
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    options["key_mapping"] = LLADA_WEIGHTS if kind == "llada" else None
-    model, loaded = model_class.from_pretrained(folder, config=config, **options)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loaded[problem]:
-            raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {sorted(map(str, loaded[problem]))[:5]}")
+        size = model_class(config).num_parameters()
+    if torch.device(device).type == "cpu" and size > 2e9:
+        raise BadInput(f"{name_or_path}: {size / 1e9:.1f} billion parameters are too many for a CPU; use a GPU")
     tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer  # Dream's own is remote code
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None or tokenizer.eos_token_id is None:
         raise BadInput(f"{name_or_path}: no mask_token_id in config.json, or no eos_token in the tokenizer")
+    model, loaded = model_class.from_pretrained(
+        find_checkpoint(name_or_path, "*.safetensors"), config=config, dtype=dtype, use_safetensors=True,
+        key_mapping=LLADA_WEIGHTS if kind == "llada" else None, output_loading_info=True,
+    )  # fmt: skip
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loaded[problem]:
+            raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {sorted(map(str, loaded[problem]))[:5]}")
     model.raw_config = raw
     model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path  # for an adapter's base
     return model.to(device).eval(), tokenizer, mask_id
@@ -1027,48 +959,33 @@ LLADA_LAYER = {
 LLADA_WEIGHTS = {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for ours, theirs in LLADA_LAYER.items()}
 LLADA_WEIGHTS |= {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_WEIGHTS.items()}
+PEFT = "base_model.model."  # what peft puts before the name of each weight of an adapter
 
 
-def find_checkpoint(name: str, device: str | torch.device) -> Path:
+def find_checkpoint(name: str, weights: str = "*.txt") -> Path:
     """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
-    folder = local_or_hub(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja"], device)
+    folder = local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", weights])
     folder = (checkpoints(folder) or [folder])[-1]
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
     return folder
 
 
-def local_or_hub(name: str, kind: str, files: list[str], device="cpu") -> Path:
+def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise BadInput(f"{name}: no such file or folder, and no hub id like GSAI-ML/LLaDA-8B-Instruct")
-    info = None
-    try:  # one short question: the hub's own clients retry for minutes before they say that there is no network
-        info = HfApi().repo_info(name, repo_type=kind, timeout=5)
-    except RepositoryNotFoundError:
-        raise BadInput(
-            f"{name}: neither a file or folder here nor a public {kind} on the hub (hf auth login?)"
-        ) from None
-    except Exception:  # noqa: BLE001, S110 - no network: which exception that is depends on the hub's HTTP client
-        pass
-    if kind == "model" and info and info.safetensors:
-        refuse_on_cpu(name, info.safetensors.total, device)
+    try:  # one short question first: a download retries for minutes before it says that there is no network
+        hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
+        return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
+    except Exception as error:  # noqa: BLE001 - which one says that there is no network depends on the HTTP client
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
     try:
-        return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=info is None))
-    except OSError as error:
-        option, reason = {"model": "--model", "dataset": "--data"}[kind], str(error).splitlines()[0]
-        reason = reason if info else "it is not in the cache and the hub cannot be reached"
-        advice = f"give {option} FOLDER, set HF_HOME to a cache that has it, or run plain `python agrpo.py`"
-        raise BadInput(f"{kind} {name}: {reason}; {advice}") from None
-
-
-def refuse_on_cpu(name: str, size: int, device: str | torch.device) -> None:
-    if torch.device(device).type == "cpu" and size > 2e9:
-        raise BadInput(
-            f"{name} has {size / 1e9:.1f} billion parameters, too many for a CPU: use a GPU or another --model"
-        )
+        return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=True))
+    except (OSError, ValueError):
+        option = "--model" if kind == "model" else "--data"
+        advice = f"give {option} FOLDER, or run plain `python agrpo.py`, which needs no hub"
+        raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
 
 
 class LoRALinear(torch.nn.Module):
@@ -1083,49 +1000,34 @@ class LoRALinear(torch.nn.Module):
         torch.nn.init.zeros_(self.lora_B.weight)  # at first nothing changes
 
     def forward(self, x: Tensor) -> Tensor:
-        low = torch.nn.functional.linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
-        return self.base_layer(x) + self.alpha / self.r * torch.nn.functional.linear(
-            low, self.lora_B.weight.to(x.dtype)
-        )
-
-    def merged(self) -> torch.nn.Linear:
-        """The plain layer with B A added to its W, in float32."""
-        weight = self.base_layer.weight
-        delta = self.alpha / self.r * self.lora_B.weight.data @ self.lora_A.weight.data
-        weight.data = (weight.data.float() + delta).to(weight.dtype)
-        return self.base_layer
-
-
-def replace_layers(model, kind: type, new: Callable) -> None:
-    for name, layer in list(model.base_model.named_modules()):  # without the output head
-        if isinstance(layer, kind):
-            parent, _, child = name.rpartition(".")
-            setattr(model.base_model.get_submodule(parent), child, new(layer))
+        low = linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
+        return self.base_layer(x) + self.alpha / self.r * linear(low, self.lora_B.weight.to(x.dtype))
 
 
 def add_lora(model, r: int, alpha: float) -> None:
     """Freeze a model and put LoRA on each of its linear layers but the output head."""
     model.requires_grad_(False)
-    replace_layers(model, torch.nn.Linear, lambda layer: LoRALinear(layer, r, alpha))
+    for name, layer in list(model.base_model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            model.base_model.set_submodule(name, LoRALinear(layer, r, alpha))
 
 
 def merge_lora(model):
     """Take LoRA away, its weights added to the model's: an ordinary checkpoint again."""
-    replace_layers(model, LoRALinear, LoRALinear.merged)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            layer.base_layer.weight.data += layer.alpha / layer.r * layer.lora_B.weight.data @ layer.lora_A.weight.data
+            model.set_submodule(name, layer.base_layer)
     return model.requires_grad_(True)
-
-
-def lora_weights(model) -> dict[str, Tensor]:
-    """LoRA's weights under peft's names."""
-    return {f"base_model.model.{name}": p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with."""
-    folder, layers = Path(folder), {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    folder = Path(folder)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     if layers:
         folder.mkdir(parents=True)
-        weights = {name: weight.detach().contiguous() for name, weight in lora_weights(model).items()}
+        weights = {PEFT + name: p.data.contiguous() for name, p in model.named_parameters() if "lora_" in name}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         layer, targets = next(iter(layers.values())), sorted({name.rpartition(".")[2] for name in layers})
         config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": 0.0, "bias": "none"}
@@ -1162,19 +1064,17 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
     is not yet sure of them.
     """
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
-    P, C = prompts.shape[1], completions.shape[1]
     optimizer, recent = torch.optim.AdamW(model.parameters()), []
     bar = tqdm(range(steps), desc="pretraining", unit="step")
     for step in bar:
         rng = seeded_generator("cpu", seed, "pretrain", step)
         rows = torch.randint(len(prompts), (batch,), generator=rng)
-        t = (torch.arange(batch) + torch.rand(batch, generator=rng))[:, None] / batch  # (B, 1), stratified
-        masked = torch.rand(batch, C, generator=rng) < t.clamp(min=1e-3)  # (B, C)
+        t = ((torch.arange(batch) + torch.rand(batch, generator=rng))[:, None] / batch).clamp(min=1e-3)  # (B, 1)
+        masked = torch.rand(batch, completions.shape[1], generator=rng) < t  # (B, C)
         ids = torch.cat([prompts[rows], completions[rows].masked_fill(masked, mask_id)], 1).to(model.device)
-        logits = logits_at(model, ids, None, torch.arange(P, P + C, device=ids.device).expand(batch, C))  # (B, C, V)
-        target, weight = completions[rows].to(ids.device), (masked / t.clamp(min=1e-3)).to(ids.device)
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # (B, C)
-        loss = (loss * weight).sum(1).mean()
+        logits = model(ids).logits[:, prompts.shape[1] :].cpu()  # (B, C, V)
+        loss = cross_entropy(logits.transpose(1, 2), completions[rows], reduction="none")  # (B, C)
+        loss = (loss * masked / t).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1189,9 +1089,7 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
 
 # ===== 8. Command line ================================================================================================
 
-
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+option = lambda default, text: field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -1245,11 +1143,6 @@ class Settings:
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
     pretrain_steps: int = option(400, "steps of pretraining the tiny model, at the most")
 
-    def sampling(self) -> dict:
-        """The arguments of `sample` that are settings."""
-        names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-        return {name: getattr(self, name) for name in names}
-
 
 RELEASE = {  # the official release's settings for LLaDA-8B, for one GPU; measured on fewer examples than by eval.py
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
@@ -1261,25 +1154,21 @@ RELEASE = {  # the official release's settings for LLaDA-8B, for one GPU; measur
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Settings from the command line, over the defaults for the task and model, or over those of the run to resume."""
-    parser = hf.HfArgumentParser(Settings, description="AGRPO (arXiv 2510.04019) in one file.", allow_abbrev=False)
-    parser.error = refuse
-    argv, saved = sys.argv[1:] if argv is None else argv, {}
-    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    usage = "agrpo.py [--option value ...], where --help lists all options"
+    parser, saved = hf.HfArgumentParser(Settings, usage=usage, allow_abbrev=False), {}
+    argv = sys.argv[1:] if argv is None else argv
+    first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     if first.resume:
         file = Path(first.resume) / "settings.json"
         if not file.is_file():
-            refuse(f"--resume {first.resume}: no run there (no settings.json); give the folder that the run printed")
+            parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
-        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Settings) if f.name in saved})
+        parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**RELEASE)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:
-        refuse(f"{str(error).rpartition(': ')[2]}: no such option; --help lists them all")
-    for name, value in vars(args).items():
-        if name in saved and saved[name] != value:
-            print(f"--{name} was {saved[name]}, is {value} from here on")
+    args = Settings(**vars(parser.parse_args(argv)))
+    for name in [name for name, value in vars(args).items() if name in saved and saved[name] != value]:
+        print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
     return args
 
 
@@ -1289,55 +1178,58 @@ def is_tiny(name: str) -> bool:
     return name == "tiny" or config.is_file() and json.loads(config.read_text()).get("model_type") == "bert"
 
 
-def refuse(sentence: str):
-    sys.exit(f"agrpo.py: {sentence}")
+def start_processes(args) -> None:
+    """Choose the device where none is given and, under torchrun, join the other processes."""
+    hf.logging.set_verbosity_error()  # what goes wrong in loading is said in a sentence
+    hf.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def check_settings(args: Settings) -> None:
     """Raise ValueError on the first setting that cannot work, before anything is loaded or written."""
-    positive = "max_steps prompts_per_update k updates_per_rollout micro_batch rollout_batch save_every"
-    positive += " completion_length block_length"
-    for name, value in vars(args).items():
-        least = 1 if name in positive.split() else 2 if name == "group_size" else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise ValueError(f"--{name} must be {least} or more, not {value}")
-    if not 0 < args.top_p <= 1 or args.temperature == 0:
-        raise ValueError("--top_p must be above 0 and at most 1, and --temperature above 0")
-    if args.rollout_batch % args.group_size:
-        raise ValueError(f"--group_size {args.group_size} must divide --rollout_batch {args.rollout_batch}")
-    at_once = args.rollout_batch // args.group_size * world_size()
-    if args.prompts_per_update % at_once:
-        what = f"{at_once}, --rollout_batch / --group_size x {world_size()} processes"
-        raise ValueError(f"--prompts_per_update {args.prompts_per_update} must be a multiple of {what}")
+    for name in (
+        "temperature",
+        "top_p",
+        "k",
+        "max_steps",
+        "save_every",
+        "updates_per_rollout",
+        "micro_batch",
+        "block_length",
+    ):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
+    for steps in (args.steps, *args.eval_steps):
+        tokens_per_step(args.completion_length, args.block_length, steps)
+    run, n, batch, size = Path(args.output_dir), world_size(), args.rollout_batch, args.group_size
+    if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
+        what = (
+            f"at least 2, divide --rollout_batch, and that x {n} processes divide --prompts_per_update x --group_size"
+        )
+        raise ValueError(f"--group_size must be {what}")
     if args.model == "tiny" and args.task != "sudoku":
         raise ValueError(f"--model tiny knows only sudoku, not {args.task}; give a LLaDA or Dream checkpoint")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
-    run = Path(args.output_dir)
     if not args.resume and (run.is_file() or run.is_dir() and any(run.iterdir())):
         raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
-    for steps in (args.steps, *args.eval_steps):
-        tokens_per_step(args.completion_length, args.block_length, steps)
 
 
-def refuse_long(model, tokenizer, task: Task, examples: list, completion_length: int) -> None:
-    """Raise BadInput where a prompt and its completion do not fit into the model's positions."""
-    prompts = [task.prompt(example, tokenizer) for example in examples]
-    longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"])) + completion_length
-    if longest > (most := model.config.max_position_embeddings):
-        raise BadInput(f"the longest prompt and a completion make {longest} tokens, but the model has {most} positions")
-
-
-def starting_model(task: Task, examples: list, test: list, args: Settings):
+def starting_model(examples: list, args: Settings):
     """The model before AGRPO, tokenizer and mask_id. The tiny one is pretrained, or read from the cache in runs/."""
     torch.manual_seed(args.seed)  # the tiny model begins at random
     half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
-    refuse_long(model, tokenizer, task.for_model(tokenizer), examples + test, args.completion_length)
     if args.model != "tiny":
-        folder = Path(args.model).exists() and find_checkpoint(args.model, args.device).resolve()
-        merge_lora(model).name_or_path = str(folder or args.model)  # if it is an adapter, the new one goes on top of it
-        return model, tokenizer, mask_id
+        if Path(args.model).exists():  # an adapter is merged, and the new one goes on top of it
+            model.name_or_path = str(find_checkpoint(args.model).resolve())
+        return merge_lora(model), tokenizer, mask_id
     cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{args.pretrain_steps}steps"
     if rank() == 0 and not cache.exists():
         pairs = [(example["puzzle"], example["solution"]) for example in examples]
@@ -1345,61 +1237,43 @@ def starting_model(task: Task, examples: list, test: list, args: Settings):
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
         aside.rename(cache)
-    wait_for_all_ranks()
+    mean_over_ranks({})  # wait for it
     return load_model(str(cache), args.device)
 
 
 def measure(model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> dict:
     """Accuracy at each of eval_steps, as trained and with greedy low-confidence unmasking."""
-    given = (model, tokenizer, mask_id, task, test, args)
-    by_steps = lambda greedy: {str(steps): evaluate(*given, steps, greedy) for steps in args.eval_steps}
-    return {"as trained": by_steps(False), "greedy": by_steps(True)}
+    at = lambda steps, greedy: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy)
+    return {name: {str(n): at(n, name == "greedy") for n in args.eval_steps} for name in ("as trained", "greedy")}
 
 
 def print_table(results: dict, args: Settings) -> None:
-    trained = f"as trained ({args.unmasking} unmasking, temperature {args.temperature:g})"
     print(f"\nAccuracy on {results['examples']} test examples, by sampling steps (trained with {args.steps})")
-    for sampler, title in ("as trained", trained), ("greedy", "greedy (low-confidence unmasking, temperature 0)"):
-        print(f"\n  {title:50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
-        for stage in [stage for stage in ("base", *METHODS.values()) if stage in results]:
-            print(f"    {stage:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in results[stage][sampler].values()))
+    how = {"as trained": f"{args.unmasking} unmasking, temperature {args.temperature:g}"}
+    for name, sampler in (how | {"greedy": "low-confidence unmasking, temperature 0"}).items():
+        print(f"\n  {f'{name} ({sampler})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
+        for stage in [stage for stage in ("base", "AGRPO", "diffu-GRPO") if stage in results]:
+            print(f"    {stage:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in results[stage][name].values()))
     print(flush=True)
 
 
-METHODS = {"agrpo": "AGRPO", "diffu_grpo": "diffu-GRPO"}
-
-
-def run_training(args: Settings, run: Path) -> None:
-    """Check, load, measure, train, measure."""
-    try:
-        check_settings(args)
-        torch.zeros(1, device=args.device)
-    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
-        raise BadInput(str(error).splitlines()[0]) from None
-    began, task = time.time(), TASKS[args.task]
+def run_training(args: Settings) -> None:
+    """Load, measure, train, measure."""
+    began, task, run = time.time(), TASKS[args.task], Path(args.output_dir)
     examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
-    model, tokenizer, mask_id = starting_model(task, examples, test, args)
-    task = task.for_model(tokenizer)
-    wait_for_all_ranks()  # every process has looked before one of them writes
+    model, tokenizer, mask_id = starting_model(examples, args)
+    task, results = task.for_model(tokenizer), {"examples": len(test), "eval_steps": args.eval_steps}
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
         size = sum(p.numel() for p in model.parameters())
         print(f"{args.task}: {args.model}, {size:,} parameters, on {args.device}; seed {args.seed}; run folder {run}")
-
-    file, results = run / "results.json", {"examples": len(test), "eval_steps": args.eval_steps}
-    saved = json.loads(file.read_text()) if file.exists() else {}
-    same = results.items() <= saved.items()  # a resumed run need not measure its base again
-    results["base"] = saved["base"] if same else measure(model, tokenizer, mask_id, task, test, args)
-    wait_for_all_ranks()
+    results["base"] = measure(model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
-        write_whole(file, json.dumps(results, indent=1))
         print_table(results, args)
 
     ref_model = None
-    if args.beta > 0:
-        # The model before training, frozen. With LoRA its weights never change, so the copy can share them: what memo
-        # holds counts as copied already, so that deepcopy makes new modules around the same weights.
+    if args.beta > 0:  # the model before training; with LoRA its weights stay, so deepcopy is told to share them (memo)
         memo = {id(p): p for p in model.parameters()} if args.lora_rank else {}
         ref_model = copy.deepcopy(model, memo).requires_grad_(False)
     if checkpoints(run):
@@ -1412,40 +1286,37 @@ def run_training(args: Settings, run: Path) -> None:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
-    results[METHODS[args.method]] = measure(model, tokenizer, mask_id, task, test, args)
+    method = "AGRPO" if args.method == "agrpo" else "diffu-GRPO"
+    results[method] = measure(model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
-        write_whole(file, json.dumps(results, indent=1))
+        write_whole(run / "results.json", json.dumps(results, indent=1))
         print_table(results, args)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rollouts, updates = (sum(line[f"seconds_{part}"] for line in lines) for part in ("rollout", "update"))
-        print(f"{len(lines)} updates, {time.time() - began:.0f} s: rollouts {rollouts:.0f} s, updates {updates:.0f} s")
-        print(f"checkpoint: {checkpoints(run)[-1]}; every update: {run / 'metrics.jsonl'}")
+        print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run / 'metrics.jsonl'}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_settings(argv)
-    hf.logging.set_verbosity_error()  # what goes wrong in loading is refused in a sentence
-    hf.logging.disable_progress_bar()
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if "LOCAL_RANK" in os.environ:  # torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    start_processes(args)
     if args.output_dir is None:
         name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
         args.output_dir = next(name for name in names if not Path(name).exists())
-    run = Path(args.output_dir)
     try:
-        run_training(args, run)
+        check_settings(args)
+        torch.zeros(1, device=args.device)
+        mean_over_ranks({})  # every process has looked before one of them writes
+    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
+        sys.exit(f"agrpo.py: {str(error).splitlines()[0]}")
+    state = lambda: f"{last_checkpoint(Path(args.output_dir))}. Go on with --resume {args.output_dir}"
+    try:
+        run_training(args)
     except (BadInput, FloatingPointError) as error:
-        refuse(str(error))
+        sys.exit(f"agrpo.py: {error}")
     except torch.OutOfMemoryError:
         less = "a smaller --micro_batch or --rollout_batch, or --gradient_checkpointing true"
-        refuse(f"out of memory on {args.device}; {last_checkpoint(run)}. Go on with --resume {run} and {less}")
+        sys.exit(f"agrpo.py: out of memory on {args.device}; {state()} and {less}")
     except KeyboardInterrupt:
-        refuse(f"stopped; {last_checkpoint(run)}. Go on with --resume {run}")
+        sys.exit(f"agrpo.py: stopped; {state()}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -13,7 +13,6 @@ Greedy, as by default, or with the sampling options of the run, the figures are 
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -55,8 +54,7 @@ class Options:
 
 def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: Options, steps: int, key: tuple):
     """Every example completed once: a list of records in the order of the examples, the same in every process."""
-    sampling = agrpo.Settings.sampling(options) | {"steps": steps}
-    mine, texts, rollout = agrpo.generate(model, tokenizer, mask_id, task, examples, options, key, **sampling)
+    mine, texts, rollout = agrpo.generate(model, tokenizer, mask_id, task, examples, options, key, steps=steps)
     numbers = [i for i in range(len(examples)) if i // options.rollout_batch % world_size() == rank()]
     records, eos_id = [], tokenizer.eos_token_id
     for row, (number, example, text) in enumerate(zip(numbers, mine, texts)):
@@ -75,12 +73,8 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
 def measure(name: str, checkpoint: str, examples: list, options: Options) -> dict:
     """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
     dtype = torch.bfloat16 if options.device == "cuda" and not agrpo.is_tiny(checkpoint) else torch.float32
-    try:
-        model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
-        task = agrpo.TASKS[options.task].for_model(tokenizer)
-        agrpo.refuse_long(model, tokenizer, task, examples, options.completion_length)
-    except agrpo.BadInput as error:
-        refuse(str(error))
+    model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
+    task = agrpo.TASKS[options.task].for_model(tokenizer)
     curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
     passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
     bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0)
@@ -174,29 +168,35 @@ def plot(results: dict[str, dict], title: str, file: str) -> None:
     axes.figure.savefig(file, dpi=150)
 
 
-def refuse(sentence: str):
-    sys.exit(f"eval.py: {sentence}")
+def report(results: dict[str, dict], test: list, options: Options) -> None:
+    title = f"{options.task}, {len(test)} test examples, {options.unmasking}, temperature {options.temperature:g}"
+    print_table(title, results)
+    if options.output:
+        found = {"options": asdict(options), "torch": torch.__version__, "transformers": hf.__version__}
+        found |= {"processes": world_size(), "examples": len(test), "results": results}
+        Path(options.output).write_text(json.dumps(found, indent=1))
+    if options.plot:
+        plot(results, title, options.plot)
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
     """Options from the command line, over those of CHECKPOINT's run or the paper's; what cannot work is refused."""
-    parser = hf.HfArgumentParser(Options, description="Accuracy against sampling steps.", allow_abbrev=False)
-    parser.error = refuse
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="what to measure: a run, folder or hub id")
+    usage = "eval.py CHECKPOINT [--option value ...], where --help lists all options"
+    parser = hf.HfArgumentParser(Options, usage=usage, allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what to measure: a run, a folder or a hub id")
     argv = sys.argv[1:] if argv is None else argv
-    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    folder = Path(first.checkpoint or ".")
+    first = parser.parse_args(argv)
+    folder = Path(first.checkpoint)
     run = folder.parent if folder in agrpo.checkpoints(folder.parent) else folder
-    if first.checkpoint and (run / "settings.json").is_file():
+    if (run / "settings.json").is_file():
         saved = json.loads((run / "settings.json").read_text())
         names = ("task", "data", "rollout_batch", "completion_length", "block_length")
         parser.set_defaults(**{name: saved[name] for name in names}, steps=saved["eval_steps"])
-    elif first.checkpoint and not agrpo.is_tiny(first.checkpoint):
+    elif not agrpo.is_tiny(first.checkpoint):
         parser.set_defaults(completion_length=256, block_length=32, steps=[256, 128, 64, 32], rollout_batch=8)
-    options, *_, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    if unknown or not first.checkpoint:
-        refuse(f"{unknown[0]}: no such option; --help lists them all" if unknown else "which CHECKPOINT? Give a folder")
-    options.checkpoint = first.checkpoint
+    given = vars(parser.parse_args(argv))
+    checkpoint, options = given.pop("checkpoint"), Options(**given)
+    options.checkpoint = checkpoint
     files = [Path(file).absolute() for file in (options.save, options.output, options.plot) if file]
     same = options.temperature == 0 and options.unmasking == "low_confidence"
     wrong = {
@@ -208,42 +208,32 @@ def parse_options(argv: list[str] | None = None) -> Options:
         "--plot needs pip install matplotlib": options.plot and not importlib.util.find_spec("matplotlib"),
     }
     for sentence in [sentence for sentence, is_so in wrong.items() if is_so]:
-        refuse(sentence)
+        parser.error(sentence)
     return options
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    hf.logging.set_verbosity_error()  # what goes wrong in loading is refused in a sentence
-    hf.logging.disable_progress_bar()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if "LOCAL_RANK" in os.environ:  # torchrun
-        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-        if options.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    agrpo.start_processes(options)
     models = {"trained": options.checkpoint} | ({"base": options.base} if options.base else {})
     try:
         torch.zeros(1, device=options.device)
         for steps in options.steps:
             agrpo.tokens_per_step(options.completion_length, options.block_length, steps)
         for checkpoint in models.values():
-            agrpo.find_checkpoint(checkpoint, options.device)
+            agrpo.find_checkpoint(checkpoint)
         test = agrpo.TASKS[options.task].examples("test", agrpo.Settings(data=options.data))[: options.examples or None]
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
-        refuse(str(error).splitlines()[0])
-    results = {name: measure(name, checkpoint, test, options) for name, checkpoint in models.items()}
-    if rank() == 0:
-        title = f"{options.task}, {len(test)} test examples, {options.unmasking}, temperature {options.temperature:g}"
-        print_table(title, results)
-        if options.output:
-            found = {"options": asdict(options), "torch": torch.__version__, "transformers": hf.__version__}
-            found |= {"processes": world_size(), "examples": len(test), "results": results}
-            Path(options.output).write_text(json.dumps(found, indent=1))
-        if options.plot:
-            plot(results, title, options.plot)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.exit(f"eval.py: {str(error).splitlines()[0]}")
+    try:
+        results = {name: measure(name, checkpoint, test, options) for name, checkpoint in models.items()}
+        if rank() == 0:
+            report(results, test, options)
+    except agrpo.BadInput as error:
+        sys.exit(f"eval.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
