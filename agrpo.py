@@ -46,6 +46,7 @@ Whose is what?
 """
 
 import ast
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -57,6 +58,7 @@ import random
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -70,6 +72,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers as hf
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -96,30 +99,39 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     """Logits at the given positions only: the head never sees the rest of the sequence.
 
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
-    Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable.
+    Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError where padding is not on
+    the left, dropout is on, or the model is of a kind that would be silently wrong (RoBERTa's positions, a causal mask).
     """
+    head = model.cls if hasattr(model, "cls") else getattr(model, "lm_head", None)  # BERT's is more than a layer
+    if not hasattr(model, "cls") and (
+        not isinstance(head, torch.nn.Linear) or getattr(model.config, "is_causal", True)
+    ):
+        raise ValueError(f"{type(model).__name__} is neither like BERT, nor like a Llama with config.is_causal = False")
+    if model.training and any("drop" in name and p for name, p in vars(model.config).items()):
+        raise ValueError("dropout is on, so that no two passes agree: call model.eval()")
     if attention_mask is not None:
-        input_ids = input_ids.masked_fill(~attention_mask, -1)
+        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)
     # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
     input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
     real, options = input_ids >= 0, {}
+    if (real[:, :-1] & ~real[:, 1:]).any():
+        raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
     if not real.all():  # count positions from the first real token, so that padding changes nothing
         options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
     hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
     positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
-    head = model.cls if hasattr(model, "cls") else model.lm_head  # BERT's head has a layer of its own
     return head(hidden[row[:, None], positions])
 
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """The ids left to choose from after top-k, then top-p (nucleus sampling, arXiv 1904.09751) among those.
 
-    logits (..., V). Returns (..., K) int64, K = top_k or V, -1 in unused places; None where nothing is cut. At least
-    one id is kept; mask_id never is. Ids take less memory than masks over V.
+    logits (..., V). Returns (..., K) int64, -1 in unused places, None where nothing is cut. K = top_k; without top_k,
+    the 1,024 most probable ids stand for all, to bound the memory. At least one id is kept; mask_id never is.
     """
     if not top_k and top_p >= 1:
         return None
-    top, kept = without_mask(logits, mask_id).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    top, kept = without_mask(logits, mask_id).topk(min(top_k or 1024, logits.shape[-1]), dim=-1)
     drop = top == -math.inf
     if top_p < 1:
         probability = (at_least_float32(top) / temperature).softmax(-1)
@@ -179,7 +191,7 @@ def sample(
     per_step = tokens_per_step(completion_length, block_length, steps)
     if temperature == 0:
         temperature, top_k = 1.0, 1  # greedy is a choice from one
-    B, C, device = len(prompt), completion_length, prompt.device
+    B, C, device, prompt_mask = len(prompt), completion_length, prompt.device, prompt_mask.bool()
     P = int(prompt_mask.sum(1).max())  # the longest prompt; all left of it is padding
     ids = torch.cat([prompt[:, prompt.shape[1] - P :], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
     attention_mask = torch.cat([prompt_mask[:, prompt.shape[1] - P :], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
@@ -345,6 +357,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
     gradient by exactly 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
     towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where group_size does not divide B.
     """
+    rewards = torch.as_tensor(rewards)
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
     groups = at_least_float32(rewards).view(-1, group_size)  # (B / G, G)
@@ -389,10 +402,12 @@ def policy_gradient(
     is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal and generator as in
     `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in memory at once.
     Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, means over tokens evaluated.
-    Raises ValueError for another length_norm.
+    Raises ValueError for another length_norm, and for beta > 0 without ref_model.
     """
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
+    if beta > 0 and ref_model is None:
+        raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
     metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
     rows = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1)  # no advantage: no gradient, so no pass
@@ -438,10 +453,12 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     """
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    start, track = load_training_state(run, optimizer), tracker(args) if rank() == 0 else None
+    start = load_training_state(run, optimizer)
+    track = tracker(args, start) if rank() == 0 else None
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
-    progress = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0)
+    hidden = True if rank() > 0 else None  # None: where there is no terminal, such as in a log, lines stand for the bar
+    progress = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=hidden)
     for update in progress:
         # Rollouts: group_size completions of each prompt, side by side.
         prompts = [example for example in draw_examples(examples, update, args) for _ in range(args.group_size)]
@@ -450,6 +467,10 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
         # Rewards and advantages.
         grades = torch.tensor([task.grade(*pair) for pair in zip(batch, texts)], dtype=torch.float32)  # (B, 2)
+        for i in (~grades.isfinite()).any(1).nonzero().flatten():
+            raise BadInput(
+                f"the reward of {args.task} is {float(grades[i, 0])} for {batch[i]!r:.200}: {texts[i]!r:.200}"
+            )
         rewards, right = grades.to(model.device).unbind(1)
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
@@ -502,7 +523,11 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         track(metrics)
-        progress.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "accuracy", "grad_norm")})
+        progress.set_postfix_str(
+            text := "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
+        )
+        if progress.disable and (update + 1) % 10 == 0:
+            print(f"update {update + 1} of {args.max_steps}: {text}", flush=True)
         if args.show_every and (update + 1) % args.show_every == 0:
             progress.write(f"\nupdate {update + 1}, reward {rewards[0]:g}\n{task.show(batch[0], texts[0])}\n")
         if (update + 1) % args.save_every == 0 or update + 1 == args.max_steps:
@@ -529,7 +554,10 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
         ids, mask = (encoded[name][part].to(model.device) for name in ("input_ids", "attention_mask"))
         rollouts.append(sample(model, ids, mask.bool(), generator=rng, **sampling | changes))
         rows = [row[: [*row, sampling["eos_id"]].index(sampling["eos_id"])] for row in rollouts[-1].completion.tolist()]
-        mine, texts = mine + examples[part], texts + tokenizer.batch_decode(rows, skip_special_tokens=True)
+        rows = [
+            [token for token in row if token != tokenizer.pad_token_id] for row in rows
+        ]  # other special ones are text
+        mine, texts = mine + examples[part], texts + tokenizer.batch_decode(rows)
     columns = zip(*(vars(rollout).values() for rollout in rollouts))  # none if this process has no share
     rollout = [None if column[0] is None else torch.cat(column) for column in columns]
     return mine, texts, Rollout(*rollout) if rollout else None
@@ -576,16 +604,18 @@ def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[d
     return [examples[epochs[n][place]] for n, place in places]
 
 
-def tracker(args: "Settings") -> Callable[[dict], None]:
-    """What takes an update's metrics where --report_to says."""
+def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
+    """What takes an update's metrics where --report_to says; a resumed run goes on where its checkpoint was made."""
     if args.report_to == "wandb":
         import wandb
 
-        return wandb.init(project="agrpo", name=Path(args.output_dir).name, config=asdict(args)).log
+        name = Path(args.output_dir).name
+        run = wandb.init(project="agrpo", name=name, id=name, resume="allow", config=asdict(args))
+        return lambda metrics: run.log(metrics, step=metrics["update"])
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        add = SummaryWriter(args.output_dir).add_scalar
+        add = SummaryWriter(args.output_dir, purge_step=start + 1).add_scalar
         return lambda metrics: [add(name, value, metrics["update"]) for name, value in metrics.items()]
     return lambda metrics: None
 
@@ -665,8 +695,10 @@ class Task:
     picture: Callable[[dict, str], str] = lambda example, answer: answer
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
-        """Examples of "train" or "test": from --data, made here, or from the hub."""
-        if self.create and (split == "train" or not args.data):
+        """Examples of split "train" or "test": from --data, made here (what --data lacks too), or from the hub."""
+        if split not in ("train", "test"):
+            raise ValueError(f"a split is 'train' or 'test', not {split!r}")
+        if self.create and not (args.data and (split == "test" or any(Path(args.data).glob("train*")))):
             return self.create(split, args.seed)
         return read_rows(args.data or self.hub[split], split, self.columns)
 
@@ -708,7 +740,8 @@ def inside_tags(text: str, tag: str) -> str | None:
 def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
     """Examples from a file (to test on), a folder of train.* and test.*, or a hub id; .csv, .json, .jsonl or .parquet.
 
-    columns as in `Task`; where a pattern has a group, the group is the value. Raises BadInput that names what is wrong.
+    columns as in `Task`, "a|b" meaning a or b; where a pattern has a group, that is the value. Raises BadInput that says
+    what is wrong.
     """
     place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
     name = r"\w+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
@@ -717,7 +750,12 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
     if not files:
         raise BadInput(f"--data {source}: give a folder with a {split}.csv, .json, .jsonl or .parquet")
     kind, files = files[0].suffix[1:].removesuffix("l"), sorted(str(f) for f in files if f.parent == files[0].parent)
-    text = {"converters": {column: str for column, _ in columns.values()}}  # as numbers they would lose leading zeros
+    shards = re.search(r"-of-0*(\d+)\.\w+$", files[0])
+    if len(files) != (int(shards[1]) if shards else 1):
+        raise BadInput(f"--data {source}: {len(files)} files for {split}, which is one too many or lacks some: {files}")
+    text = {
+        "converters": {name: str for column, _ in columns.values() for name in column.split("|")}
+    }  # "01" stays "01"
     try:
         table = datasets.load_dataset(kind, data_files=files, split="train", **text if kind == "csv" else {})
     except Exception as error:  # noqa: BLE001 - each format has errors of its own
@@ -727,7 +765,8 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
     for number, row in enumerate(table.to_list(), start=1):
         rows.append({})
         for key, (column, pattern) in columns.items():
-            match = re.fullmatch(pattern, str(row.get(column) or "").strip(), re.DOTALL)
+            value = next((row[name] for name in column.split("|") if row.get(name)), "")
+            match = re.fullmatch(pattern, str(value).strip(), re.DOTALL)
             if not match:
                 raise BadInput(
                     f"--data {files[0]}, row {number}: no {column} that looks like {pattern} in {row!r:.100}"
@@ -785,11 +824,11 @@ def countdown_create(split: str, seed: int) -> list[dict]:
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether it is an expression of the target from exactly the given numbers; "= target" may follow it."""
-    expression, equals, target = answer.replace("×", "*").replace("÷", "/").partition("=")
+    expression, equals, target = plainly(answer).partition("=")
     if len(answer) > 200 or equals and target.strip() != example["target"]:
         return False
-    used = sorted(re.findall("[0-9]+", expression))
-    return used == sorted(example["numbers"].split(",")) and arithmetic(expression) == int(example["target"])
+    given, used = (sorted(re.findall("[0-9]+", text)) for text in (example["numbers"], expression))
+    return used == given and arithmetic(expression) == int(example["target"])
 
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -814,7 +853,7 @@ def arithmetic(expression: str) -> Fraction | None:
 
 def gsm8k_right(example: dict, answer: str) -> bool:
     """Whether the answer names one number, and it is the gold one: 1,234 and $1234.00 and 1234 apples are the same."""
-    number = single_number(boxed(answer) or answer)
+    number = single_number(answer)
     return number is not None and number == single_number(example["gold"])
 
 
@@ -828,24 +867,46 @@ def boxed(text: str) -> str | None:
     return None
 
 
-NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
-MINUS = re.compile("[-\u2010-\u2013\u2212\ufe63\uff0d]\\W*$")  # hyphens, en dash, minus signs
+def plainly(answer: str) -> str:
+    """The answer out of its box, with one sign each for times, divided by, minus and the comma, no bold, no full stop."""
+    text = boxed(answer) or answer
+    for written, sign in SIGNS.items():
+        text = re.sub(written, sign, text)
+    return text.strip().removesuffix(".")
+
+
+SIGNS = {
+    r"\*\*": "",
+    r"×|·|\\times\b|\\cdot\b": "*",
+    r"÷|\\div\b": "/",
+    "[\u2010-\u2013\u2212\ufe63\uff0d]": "-",
+    r"\{,\}": ",",
+}
+NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![A-Za-z])\.[0-9]+")
+BEFORE, AFTER = r"(sqrt|√|log|ln|exp|\^|/|\w\s*\*)[\s{(]*$", r"[\s})]*(!|\^|\\?pi\b|π|\*\s*\w)"  # another value
 
 
 def single_number(text: str) -> Fraction | None:
     """The number in a text that holds exactly one, negative if a minus stands before it with no letter between. None
-    for none, several, digits other than 0 to 9, or over 100 characters. Words are not read: 72 thousand is 72."""
-    found = list(NUMBER.finditer(text := text.replace("{,}", ",")))
+    for none, several, digits other than 0 to 9, an operator or function beside it, or over 100 characters. The power of
+    a unit (m^2) is no number, and words are not read: 72 thousand is 72."""
+    text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))
+    found = list(NUMBER.finditer(text))
     if len(found) != 1 or len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
         return None
+    before, after = text[: found[0].start()], text[found[0].end() :]
+    if re.search(BEFORE, before) or re.match(AFTER, after):
+        return None
     value = Fraction(found[0][0].replace(",", ""))
-    return -value if MINUS.search(text[: found[0].start()]) else value
+    return -value if re.search(r"-\W*$", before) else value
 
 
 def math_right(example: dict, answer: str) -> bool:
     r"""Whether math-verify finds what is in \boxed{} equal to the solution's; the text around it is not looked at."""
     from math_verify import parse, verify
 
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify's time limits use signals, which only the main thread has")
     inside = boxed(answer) if len(answer) <= 500 else None
     if not inside or not inside.strip():
         return False
@@ -868,7 +929,8 @@ TASKS = {
     "countdown": Task(
         "Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, / and "
         "parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9.",
-        countdown_right, {"numbers": ("input", "[0-9]+(?:,[0-9]+)+"), "target": ("output", "[0-9]+")},
+        countdown_right,
+        {"numbers": ("input|nums", r"\[?([0-9]+(?:[, ]+[0-9]+)+)\]?"), "target": ("output|target", "[0-9]+")},
         create=countdown_create,
     ),
     "gsm8k": Task(  # arXiv 2110.14168
@@ -887,25 +949,37 @@ TASKS = {
 # ===== 7. Models ======================================================================================================
 
 
-def load_model(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, base: str | None = None):
     """(model, tokenizer, mask_id), ready to sample from.
 
     name_or_path: "tiny" (not trained yet), a LLaDA or Dream checkpoint (hub id or folder), or a folder that this file
-    saved: a run, a checkpoint, a LoRA adapter. LLaDA is a Llama and Dream a Qwen2, both without the causal mask, so
-    transformers' own classes hold them: no remote code, safetensors only. Raises BadInput for anything else.
+    saved: a run, a checkpoint, a LoRA adapter (peft's too); base stands in for an adapter's base that is gone. LLaDA is a
+    Llama and Dream a Qwen2, both without the causal mask, so transformers' own classes hold them: no remote code,
+    safetensors only. Raises BadInput for anything else.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder = find_checkpoint(name_or_path)
     if (folder / "adapter_config.json").exists():
-        adapter = json.loads((folder / "adapter_config.json").read_text())
+        adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
         if any(adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
             raise BadInput(f"{folder} is no plain LoRA adapter, the only kind that this file reads")
-        model, tokenizer, mask_id = load_model(adapter["base_model_name_or_path"], device, dtype)
-        add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"])
-        saved = {name.removeprefix(PEFT): x for name, x in load_file(folder / "adapter_model.safetensors").items()}
+        if not file.exists():
+            raise BadInput(f"{folder} has no {file.name}, and only safetensors is read")
+        recorded = adapter["base_model_name_or_path"]
+        try:
+            model, tokenizer, mask_id = load_model(recorded, device, dtype)
+        except BadInput:
+            if base in (None, recorded):
+                raise
+            print(f"{folder}: {recorded} is not to be had, {base} takes its place")
+            model, tokenizer, mask_id = load_model(base, device, dtype)
+        saved = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
+        for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
+            saved = {re.sub(theirs, ours, name): tensor for name, tensor in saved.items()}
+        add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"], {name.split(".lora_")[0] for name in saved})
         if {n: x.shape for n, x in saved.items()} != {n: p.shape for n, p in model.named_parameters() if "lora_" in n}:
-            raise BadInput(f"{folder} is an adapter of other layers than this file trains in {model.name_or_path}")
+            raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
         model.load_state_dict(saved, strict=False)
         return model, tokenizer, mask_id
 
@@ -965,7 +1039,8 @@ PEFT = "base_model.model."  # what peft puts before the name of each weight of a
 def find_checkpoint(name: str, weights: str = "*.txt") -> Path:
     """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
     folder = local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", weights])
-    folder = (checkpoints(folder) or [folder])[-1]
+    if (folder / "settings.json").is_file():  # a run
+        folder = (checkpoints(folder) or [folder])[-1]
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
     return folder
@@ -1004,12 +1079,13 @@ class LoRALinear(torch.nn.Module):
         return self.base_layer(x) + self.alpha / self.r * linear(low, self.lora_B.weight.to(x.dtype))
 
 
-def add_lora(model, r: int, alpha: float) -> None:
-    """Freeze a model and put LoRA on each of its linear layers but the output head."""
+def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None:
+    """Freeze a model and put LoRA on the linear layers of these names; by default on all but the output head."""
     model.requires_grad_(False)
-    for name, layer in list(model.base_model.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            model.base_model.set_submodule(name, LoRALinear(layer, r, alpha))
+    inside = model.base_model_prefix + "."
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and (name in names if names else name.startswith(inside)):
+            model.set_submodule(name, LoRALinear(layer, r, alpha))
 
 
 def merge_lora(model):
@@ -1029,7 +1105,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
         folder.mkdir(parents=True)
         weights = {PEFT + name: p.data.contiguous() for name, p in model.named_parameters() if "lora_" in name}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        layer, targets = next(iter(layers.values())), sorted({name.rpartition(".")[2] for name in layers})
+        layer, targets = next(iter(layers.values())), sorted(layers)
         config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": 0.0, "bias": "none"}
         config |= {"target_modules": targets, "base_model_name_or_path": model.name_or_path, "task_type": None}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
@@ -1163,7 +1239,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if not file.is_file():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
-        parser.set_defaults(**saved)
+        parser.set_defaults(**{name: value for name, value in saved.items() if hasattr(first, name)})
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
@@ -1207,7 +1283,7 @@ def check_settings(args: Settings) -> None:
             raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
     for steps in (args.steps, *args.eval_steps):
         tokens_per_step(args.completion_length, args.block_length, steps)
-    run, n, batch, size = Path(args.output_dir), world_size(), args.rollout_batch, args.group_size
+    n, batch, size = world_size(), args.rollout_batch, args.group_size
     if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
         what = (
             f"at least 2, divide --rollout_batch, and that x {n} processes divide --prompts_per_update x --group_size"
@@ -1217,19 +1293,30 @@ def check_settings(args: Settings) -> None:
         raise ValueError(f"--model tiny knows only sudoku, not {args.task}; give a LLaDA or Dream checkpoint")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
-    if not args.resume and (run.is_file() or run.is_dir() and any(run.iterdir())):
-        raise ValueError(f"--output_dir {run} is not empty: choose another, or go on with that run by --resume {run}")
+    torch.zeros(1, device=args.device)
 
 
-def starting_model(examples: list, args: Settings):
-    """The model before AGRPO, tokenizer and mask_id. The tiny one is pretrained, or read from the cache in runs/."""
-    torch.manual_seed(args.seed)  # the tiny model begins at random
-    half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
-    model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
-    if args.model != "tiny":
-        if Path(args.model).exists():  # an adapter is merged, and the new one goes on top of it
-            model.name_or_path = str(find_checkpoint(args.model).resolve())
-        return merge_lora(model), tokenizer, mask_id
+def claim(args: Settings) -> FileLock:
+    """Take a folder for this run alone: --output_dir, or the next free one in runs/. The lock ends with the process."""
+    name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
+    for run in [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 1000))]:
+        lock, settings = FileLock(Path(run) / "run.lock"), Path(run) / "settings.json"
+        try:
+            Path(run).mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except (Timeout, OSError) as error:
+            reason = "another process is at work in it" if isinstance(error, Timeout) else error
+            continue
+        if args.resume or not settings.exists():
+            args.output_dir = run
+            write_whole(settings, json.dumps(asdict(args), indent=1))
+            return lock
+        reason = f"there is a run in it; choose another, or go on with that one: --resume {run}"
+    raise BadInput(f"--output_dir {run}: {reason}")
+
+
+def pretrained(model, tokenizer, mask_id: int, examples: list, args: Settings):
+    """The tiny model after pretraining, which is done once for all runs with the same seed."""
     cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{args.pretrain_steps}steps"
     if rank() == 0 and not cache.exists():
         pairs = [(example["puzzle"], example["solution"]) for example in examples]
@@ -1238,7 +1325,7 @@ def starting_model(examples: list, args: Settings):
         save_model(model, tokenizer, aside)
         aside.rename(cache)
     mean_over_ranks({})  # wait for it
-    return load_model(str(cache), args.device)
+    return load_model(str(cache), args.device)[0]
 
 
 def measure(model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> dict:
@@ -1257,17 +1344,36 @@ def print_table(results: dict, args: Settings) -> None:
     print(flush=True)
 
 
-def run_training(args: Settings) -> None:
-    """Load, measure, train, measure."""
-    began, task, run = time.time(), TASKS[args.task], Path(args.output_dir)
+def run_training(args: Settings, on_exit: contextlib.ExitStack) -> None:
+    """Load, measure, train, measure. on_exit: where the run's folder is given back."""
+    began, task = time.time(), TASKS[args.task]
     examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
-    model, tokenizer, mask_id = starting_model(examples, args)
-    task, results = task.for_model(tokenizer), {"examples": len(test), "eval_steps": args.eval_steps}
+    problem = lambda example: str(sorted(re.findall(r"\w+", (task.plain or task.question).format(**example))))
+    tested, many = set(map(problem, test)), len(examples)
+    examples = [example for example in examples if problem(example) not in tested]
+    if not examples:
+        raise BadInput(f"all {many} training examples are test examples too")
+    torch.manual_seed(args.seed)  # the tiny model begins at random
+    half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
+    model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
+    name = str(find_checkpoint(args.model).resolve()) if Path(args.model).exists() else args.model
+    merge_lora(model).name_or_path = name  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "settings.json", json.dumps(asdict(args), indent=1))
+        on_exit.callback(claim(args).release)
         size = sum(p.numel() for p in model.parameters())
-        print(f"{args.task}: {args.model}, {size:,} parameters, on {args.device}; seed {args.seed}; run folder {run}")
+        print(
+            f"{args.task}: {args.model}, {size:,} parameters, on {args.device}; seed {args.seed}; in {args.output_dir}"
+        )
+        print(
+            f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out as in both"
+        )
+    where = [args.output_dir]
+    if world_size() > 1:
+        dist.broadcast_object_list(where)
+    args.output_dir, run, task = where[0], Path(where[0]), task.for_model(tokenizer)
+    if args.model == "tiny":
+        model = pretrained(model, tokenizer, mask_id, examples, args)
+    results = {"examples": len(test), "eval_steps": args.eval_steps}
     results["base"] = measure(model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
         print_table(results, args)
@@ -1277,9 +1383,9 @@ def run_training(args: Settings) -> None:
         memo = {id(p): p for p in model.parameters()} if args.lora_rank else {}
         ref_model = copy.deepcopy(model, memo).requires_grad_(False)
     if checkpoints(run):
-        dtype = model.dtype
+        dtype, base = model.dtype, model.name_or_path
         del model  # there may not be room for two
-        model, tokenizer, mask_id = load_model(str(run), args.device, dtype)
+        model, tokenizer, mask_id = load_model(str(run), args.device, dtype, base)
     elif args.lora_rank:
         torch.manual_seed(args.seed)
         add_lora(model, args.lora_rank, args.lora_alpha)
@@ -1291,25 +1397,25 @@ def run_training(args: Settings) -> None:
     if rank() == 0:
         write_whole(run / "results.json", json.dumps(results, indent=1))
         print_table(results, args)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        if all(line["frac_reward_zero_std"] == 1 for line in lines):
+            print(
+                "Nothing was learned: all rewards of a group were equal, always. Look at the completions printed above."
+            )
         print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run / 'metrics.jsonl'}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_settings(argv)
     start_processes(args)
-    if args.output_dir is None:
-        name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
-        names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
-        args.output_dir = next(name for name in names if not Path(name).exists())
     try:
         check_settings(args)
-        torch.zeros(1, device=args.device)
-        mean_over_ranks({})  # every process has looked before one of them writes
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         sys.exit(f"agrpo.py: {str(error).splitlines()[0]}")
     state = lambda: f"{last_checkpoint(Path(args.output_dir))}. Go on with --resume {args.output_dir}"
     try:
-        run_training(args)
+        with contextlib.ExitStack() as on_exit:
+            run_training(args, on_exit)
     except (BadInput, FloatingPointError) as error:
         sys.exit(f"agrpo.py: {error}")
     except torch.OutOfMemoryError:

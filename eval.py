@@ -31,7 +31,9 @@ from agrpo import Task, option, rank, world_size
 @dataclass
 class Options:
     checkpoint: str = field(default="", init=False)  # the positional argument
-    base: str | None = option(None, "a model to set beside it: the one that it was trained from")
+    base: str | None = option(
+        None, "the model that it was trained from, to set beside it; and an adapter's base, if moved"
+    )
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to measure on")
     data: str | None = option(None, "your test examples: a file, a folder of test.*, or a hub id")
     examples: int = option(0, "measure on the first so many (0: on all)")
@@ -72,8 +74,9 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
 
 def measure(name: str, checkpoint: str, examples: list, options: Options) -> dict:
     """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
+    base = options.base if name == "trained" else None
     dtype = torch.bfloat16 if options.device == "cuda" and not agrpo.is_tiny(checkpoint) else torch.float32
-    model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
+    model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype, base)
     task = agrpo.TASKS[options.task].for_model(tokenizer)
     curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
     passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
@@ -127,7 +130,8 @@ def vote(records: list[dict], task: str) -> bool:
 
 def show(task: Task, tokenizer, example: dict, record: dict, terminal: bool) -> None:
     """Print an example after each step, with · for EOS. On a terminal what is new is highlighted, and slow to come."""
-    texts = tokenizer.batch_decode([[token] for token in record["tokens"]], skip_special_tokens=True)
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    texts = ["" if token in ends else tokenizer.decode([token]) for token in record["tokens"]]
     texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) or "·" for text in texts]
     picture = task.picture if task.plain else lambda _, answer: answer
     print(f"\nExample {record['example'] + 1}: {record['prompt']}")

@@ -527,7 +527,8 @@ def test_advantages_and_proposals_by_hand():
         advantage = group_advantages(rewards, 3, scale_by_std)
         torch.testing.assert_close(advantage * scale, expected)
         assert not advantage[3:].any()
-    torch.testing.assert_close(group_advantages(torch.tensor([1, 0, 0]), 3), expected[:3])  # whole numbers too
+    torch.testing.assert_close(group_advantages([1, 0, 0], 3), expected[:3])  # a list, of whole numbers, too
+    assert not group_advantages(torch.full((7,), 0.7), 7).any()  # although their mean rounds to another number
     proposal = agrpo.defensive_proposal(torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]]), torch.tensor([3, 2]))
     assert_close(proposal, torch.tensor([[31 / 120, 4 / 120, 85 / 120], [0.5, 0.5, 0]]).double(), atol=1e-7)
     e = enumerate_trajectories("blocks, top-p")  # surprise: 1 - p of the tokens of each step
@@ -1133,8 +1134,9 @@ def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkey
     llada_checkpoint(tmp_path / "llada")
     row = {"question": "How much is 1 + 1?", "answer": "#### 2", "input": "30,100,93", "output": "23"}
     row |= {"Puzzle": PUZZLE, "Solution": GRID}
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (tmp_path / "test.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    row |= {"question": "How much is 2 + 0?", "input": "30,101,94", "Puzzle": "0" + PUZZLE[1:].replace("1", "0")}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     rewards, folder = itertools.count(), tmp_path / "run"
     monkeypatch.setattr(agrpo.Task, "grade", lambda *_: (next(rewards), False))  # what a random model writes earns 0
     where = f"--task {task} --model {tmp_path}/llada --data {tmp_path} --output_dir {folder}"
