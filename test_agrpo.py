@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from fractions import Fraction
@@ -34,6 +35,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -306,6 +308,47 @@ def test_what_cannot_work_is_refused():
             call()
 
 
+def test_what_would_be_silently_wrong_is_refused():
+    """Padding on the right, dropout, heads and positions of another kind, a causal mask, words that nobody knows."""
+    model, prompt, left = mask_predictor(), torch.tensor([[MASK, *PROMPT]]), torch.tensor([[0, 1, 1]])
+    rollout = write(model, prompt, prompt_mask=left, **PLAIN)  # a mask of integers will do
+    assert rollout.logp.equal(write(model, prompt, prompt_mask=left.bool(), **PLAIN).logp)
+    policy = {"k": 1, "mask_id": MASK, "temperature": 1.0, "on_policy": True}
+    gradient = partial(agrpo.policy_gradient, model, rollout, torch.ones(1), **policy)
+    for said, wrong in {
+        "padded on the left": partial(write, model, prompt.roll(-1), prompt_mask=left.roll(-1), **PLAIN),
+        "unmasking is": partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"}),
+        "length_norm is": partial(gradient, length_norm="seqence"),
+        "needs ref_model": partial(gradient, beta=0.1),
+        "a split is": partial(TASKS["sudoku"].examples, "validation", agrpo.Settings()),
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            wrong()
+    with pytest.raises(ValueError, match="dropout is on"):
+        write(model.train(), prompt, prompt_mask=left, **PLAIN)
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    for kind in ("Roberta", "ModernBert", "DistilBert", "Electra", "GPT2", "Llama"):
+        config = getattr(transformers, f"{kind}Config")(**shape, pad_token_id=0)
+        model = getattr(transformers, f"{kind}ForMaskedLM", None) or getattr(transformers, f"{kind}ForCausalLM", None)
+        model = model or transformers.GPT2LMHeadModel
+        with pytest.raises(ValueError, match=f"{kind}.* is neither like BERT"):
+            agrpo.logits_at(model(config).eval(), prompt, None, prompt)
+
+
+def test_top_p_alone_keeps_at_most_1024_ids():
+    """Whole vocabularies of ids would be gigabytes. Top-p is taken among the kept ones, and they are all there is."""
+    logits = torch.randn(2, 3, 5000, generator=seeded(0))
+    kept = agrpo.truncate(logits, MASK, 1.0, top_p=0.999)
+    assert kept.equal(agrpo.truncate(logits, MASK, 1.0, top_k=1024, top_p=0.999)) and kept.shape == (2, 3, 1024)
+    assert_close(agrpo.policy_logps(logits, MASK, 1.0, kept).exp().sum(-1), torch.ones(2, 3), atol=1e-4)
+
+
 # ===== 3. Timesteps: weights that are right on average, strata that are hit once ======================================
 
 
@@ -469,6 +512,12 @@ def test_nothing_is_wasted():
             )
         assert seen["positions"] == e.rollout.num_steps[learning].clamp(max=k).sum()
     assert seen["sequences"] == len(e.state[learning][e.rollout.step[learning] >= 0].unique()) < seen["positions"]
+    # Without them it is the same update, their proposals included.
+    A, proposal, options = learning.double(), proposal_of(e.rollout, "surprise"), {"k": 1, "on_policy": True} | e.policy
+    whole = update_of(e.model, e.rollout, A, proposal=proposal, generator=seeded(0), **options)
+    part, A, proposal = select(e.rollout, learning), A[learning], proposal[learning]
+    part = update_of(e.model, part, A, proposal=proposal, generator=seeded(0), **options)
+    assert_close(whole, part * learning.double().mean())
 
 
 @lru_cache
@@ -797,6 +846,41 @@ def generous_main(*parts) -> None:
     run(*parts)
 
 
+def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
+    """The next free name is taken; what another process holds, or holds a run, is refused; other files don't matter."""
+    monkeypatch.chdir(tmp_path)
+    taken = [agrpo.Settings() for _ in range(3)]
+    locks = [agrpo.claim(args) for args in taken]
+    assert [args.output_dir for args in taken] == [f"runs/sudoku-tiny-seed0{n}" for n in ("", "-2", "-3")]
+    Path("mine").mkdir()
+    Path("mine/sweep.yaml").write_text("seed: 0")
+    locks.append(agrpo.claim(agrpo.Settings(output_dir="mine")))
+    for where in (agrpo.Settings(output_dir="mine"), agrpo.Settings(output_dir="mine", resume="mine")):
+        with pytest.raises(agrpo.BadInput, match="another process"):
+            agrpo.claim(where)
+    for lock in locks:
+        lock.release()
+    with pytest.raises(agrpo.BadInput, match="--resume mine"):
+        agrpo.claim(agrpo.Settings(output_dir="mine"))
+    agrpo.claim(agrpo.Settings(output_dir="mine", resume="mine")).release()
+
+
+def test_a_reward_that_is_not_finite_is_named(short_run, monkeypatch):
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=lambda *_: math.nan))
+    assert "the reward of sudoku is nan for {'puzzle'" in refusal(SHORT, short_run.parent / "nan")
+
+
+def test_special_tokens_other_than_eos_and_padding_are_text(monkeypatch):
+    """<answer> may be a token of its own: what the reward is computed on still has it."""
+    model, tokenizer, mask_id = agrpo.load_model("tiny")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
+    ids = tokenizer("<answer>42")["input_ids"] + [tokenizer.eos_token_id, 5]
+    made = lambda *_, **options: Rollout(None, None, torch.tensor([ids]), *[torch.zeros(1)] * 4)
+    monkeypatch.setattr(agrpo, "sample", made)
+    _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
+    assert texts == ["<answer>42"]
+
+
 def test_kill_9_at_any_moment_loses_nothing(tmp_path):
     """While it starts, pretrains, trains, writes; resumed, it ends bit for bit as the run that nobody killed."""
     context = multiprocessing.get_context("forkserver")  # its processes need not import everything again
@@ -906,11 +990,11 @@ NO_SUM = "23 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/
 ANSWERS = {  # task: example, right answers, wrong answers
     "sudoku": ({"puzzle": PUZZLE}, [GRID, GRID[:4] + "\n" + GRID[4:]], [
         CHANGED, GRID + " " * 100 + "more", "4312", GRID * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣", ""]),
-    "countdown": ({"numbers": "30,100,93", "target": "23"}, ["30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)"], [
+    "countdown": ({"numbers": "30,100,93", "target": "23"}, ["30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)", "30+93\u2212100.", "So \\boxed{30+93-100}"], [
         *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99, "30+93-100" + " " * 200]),
-    "gsm8k": ({"gold": "1,234"}, [*words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234"], [
+    "gsm8k": ({"gold": "1,234"}, [*words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km\u00b2"], [
         "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
-        "x", *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
+        "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"), *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
     "math": ({"solution": "So it is $\\boxed{42}$."}, ["\\boxed{42}", "It is \\boxed{\\frac{84}{2}}"], [
         "42 \\boxed{}", "\\boxed{?} 42", "\\boxed{41}. The final answer is $42$.", "42", "\\boxed{9^{9^9}}"]),
 }  # fmt: skip
@@ -931,6 +1015,13 @@ def test_right_and_wrong_answers(task):
         pytest.importorskip("math_verify")
     (example, right, wrong), judge = ANSWERS[task], TASKS[task].is_right
     assert [a for a in right if not judge(example, a)] == [a for a in wrong if judge(example, a)] == []
+    if task == "countdown":
+        assert all(
+            judge({"numbers": "[2, 3, 4]", "target": "24"}, f"2 {x} 3 {x} 4") for x in words("\\times × \\cdot ·")
+        )
+    if task == "math":
+        with ThreadPoolExecutor(1) as other, pytest.raises(RuntimeError, match="main thread"):
+            other.submit(judge, example, right[0]).result()
     if task == "gsm8k":
         assert all(judge({"gold": "-1,234"}, minus + "$1234") for minus in ("-", "\u2013", "- "))
         assert not any(judge({"gold": "-1234"}, answer) for answer in right)
@@ -974,6 +1065,18 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
     settings = agrpo.Settings(data=str(tmp_path if name.startswith("test") else files[0]))
     assert TASKS["gsm8k"].examples("test", settings) == [{"question": "q\u2028r", "gold": "5"}] * len(files)
     assert TASKS["sudoku"].examples("test", settings) == [{"puzzle": PUZZLE, "solution": GRID}] * len(files)
+
+
+def test_countdown_data_of_others_and_folders_of_both_splits(tmp_path):
+    """Columns nums and target, a list of numbers; a folder with a train.* is used for both; shards must be complete."""
+    task, settings = TASKS["countdown"], agrpo.Settings(data=str(tmp_path))
+    for split, target in ("train", 98), ("test", 99), ("test-small", 1):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"nums": [44, 19, 35], "target": target}))
+    for split, target in ("train", "98"), ("test", "99"):
+        assert task.examples(split, settings) == [{"numbers": "44, 19, 35", "target": target}]
+    (tmp_path / "test.jsonl").rename(tmp_path / "test-00000-of-00002.jsonl")
+    with pytest.raises(agrpo.BadInput, match="1 files for test"):
+        task.examples("test", settings)
 
 
 ROW = '{"question": "q", "answer": "#### 5"}\n'
@@ -1057,6 +1160,13 @@ def test_llada_loads_as_a_llama_and_is_saved_under_its_own_names(tmp_path):
     assert torch.equal(agrpo.load_model(str(tmp_path / "saved"))[0](IDS).logits, logits)
 
 
+def test_what_lies_in_a_folder_comes_first(tmp_path):
+    """A Trainer's folder is the model in it, not an older checkpoint-500 beside it."""
+    llada_checkpoint(tmp_path / "llada")
+    llada_checkpoint(tmp_path / "llada" / "checkpoint-500", n_layers=3)
+    agrpo.load_model(str(tmp_path / "llada"))
+
+
 CANNOT_SERVE = {  # what is said: what is changed in its config
     "missing keys.*layers.2": {"n_layers": 3}, "unexpected keys.*(layers|blocks).1": {"n_layers": 1},
     "gpt2": {"model_type": "gpt2"}, "billion.*for a CPU": {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288},
@@ -1100,6 +1210,28 @@ def adapter_and_merged(folder: Path):
     return logits
 
 
+def test_adapters_of_others(tmp_path):
+    """Of some layers only, under LLaDA's names, as d1 has it; made by peft. What is not in safetensors is named."""
+    adapter_and_merged(tmp_path)
+    saved = agrpo.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ours = {name: tensor for name, tensor in saved.items() if re.search("[qkv]_proj", name)}
+    rename = lambda name: name.replace(".layers.", ".transformer.blocks.").replace("self_attn.", "")
+    for folder, change in (tmp_path / "ours", str), (tmp_path / "theirs", rename):
+        shutil.copytree(tmp_path / "adapter", folder)
+        agrpo.save_file({change(n): x for n, x in ours.items()}, folder / "adapter_model.safetensors")
+    ours, theirs, whole = (agrpo.load_model(str(tmp_path / n))[0](IDS).logits for n in ("ours", "theirs", "adapter"))
+    assert torch.equal(ours, theirs) and not torch.allclose(ours, whole)
+    (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "adapter_model.bin")
+    with pytest.raises(agrpo.BadInput, match="only safetensors is read"):
+        agrpo.load_model(str(tmp_path / "theirs"))
+    peft, (base, _, _) = pytest.importorskip("peft"), agrpo.load_model(str(tmp_path / "llada"))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "peft")
+    torch.testing.assert_close(agrpo.load_model(str(tmp_path / "peft"))[0](IDS).logits, model.eval()(IDS).logits)
+
+
 LLADA_RUN = "--max_steps 2 --prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 "
 LLADA_RUN += "--block_length 6 --steps 4 --eval_steps 4 --eval_examples 2 --lora_rank 2 --device cpu "
 
@@ -1110,7 +1242,8 @@ def test_lora_is_saved_loaded_merged_measured_and_read_by_peft(tmp_path):
     assert torch.equal(agrpo.load_model(str(folder))[0](IDS).logits, logits)
     merged, _, _ = agrpo.load_model(str(tmp_path / "merged"))
     torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
-    run(LLADA_RUN, f"--task countdown --model {folder} --output_dir {tmp_path}/run")  # earns nothing: B stays 0
+    printed = run(LLADA_RUN, f"--task countdown --model {folder} --output_dir {tmp_path}/run")
+    assert "Nothing was learned" in printed  # so B is still 0
     torch.testing.assert_close(agrpo.load_model(str(tmp_path / "run"))[0](IDS).logits, logits, rtol=1e-4, atol=1e-4)
     options = curve.parse_options([str(folder)])
     assert (options.steps, options.completion_length, options.block_length) == ([256, 128, 64, 32], 256, 32)
@@ -1118,6 +1251,9 @@ def test_lora_is_saved_loaded_merged_measured_and_read_by_peft(tmp_path):
     printed = run(folder, more, "--completion_length 12 --block_length 6 --steps 4 2", main=curve.main)
     written = Counter((row["steps"], row["example"], row["completion"]) for row in rows_of(tmp_path / "all"))
     assert "step 4 of 4" in printed and [*written.values()] == [2] * 4
+    (tmp_path / "llada").rename(tmp_path / "moved")
+    assert torch.equal(agrpo.load_model(str(folder), base=str(tmp_path / "moved"))[0](IDS).logits, logits)
+    (tmp_path / "moved").rename(tmp_path / "llada")
     for change in {"r": 8}, {"use_rslora": True}:
         other = shutil.copytree(folder, tmp_path / f"{change}")
         config = json.loads((folder / "adapter_config.json").read_text()) | change
@@ -1136,12 +1272,14 @@ def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkey
     row |= {"Puzzle": PUZZLE, "Solution": GRID}
     (tmp_path / "test.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     row |= {"question": "How much is 2 + 0?", "input": "30,101,94", "Puzzle": "0" + PUZZLE[1:].replace("1", "0")}
-    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    with open(tmp_path / "train.jsonl", "w") as file:
+        file.write(f"{json.dumps(row)}\n" * 4 + (tmp_path / "test.jsonl").read_text().partition("\n")[0])
     rewards, folder = itertools.count(), tmp_path / "run"
     monkeypatch.setattr(agrpo.Task, "grade", lambda *_: (next(rewards), False))  # what a random model writes earns 0
     where = f"--task {task} --model {tmp_path}/llada --data {tmp_path} --output_dir {folder}"
     run(LLADA_RUN, where, "--gradient_checkpointing true --beta 0.1")
-    run("--resume", folder, "--max_steps 3")
+    printed = run("--resume", folder, "--max_steps 3")
+    assert "1 left out" in printed and "--max_steps was 2, is 3 from here on" in printed
     assert len(figures(folder)) == 3 and all(line["grad_norm"] > 0 for line in figures(folder))
     assert json.loads((folder / "settings.json").read_text())["top_k"] == 150  # the release's
     weights = agrpo.load_file(agrpo.checkpoints(folder)[-1] / "adapter_model.safetensors").values()
