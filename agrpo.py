@@ -58,7 +58,6 @@ import random
 import re
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +71,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers as hf
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -446,41 +445,35 @@ def policy_gradient(
 
 
 def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
-    """Rollouts, rewards, advantages, gradient, AdamW; repeat, from the run's newest checkpoint on.
-
-    Every random choice is seeded by (seed, purpose, update): a run that was killed and resumed ends as if it had not
-    been, on a CPU bit for bit. Raises FloatingPointError where log-probabilities or a gradient are not finite.
-    """
+    """Train, from the run's newest checkpoint on. Random choices are seeded by (seed, purpose, update): a run that was
+    killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
     start = load_training_state(run, optimizer)
     track = tracker(args, start) if rank() == 0 else None
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
-    hidden = True if rank() > 0 else None  # None: where there is no terminal, such as in a log, lines stand for the bar
-    progress = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=hidden)
-    for update in progress:
+    order, count = [], args.prompts_per_update
+    for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
+        order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
+    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0 or None)
+    for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
-        prompts = [example for example in draw_examples(examples, update, args) for _ in range(args.group_size)]
-        key = (args.seed, "rollout", update)
-        batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, key)
+        prompts = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
+        batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, (args.seed, "rollout", update))
 
         # Rewards and advantages.
-        grades = torch.tensor([task.grade(*pair) for pair in zip(batch, texts)], dtype=torch.float32)  # (B, 2)
-        for i in (~grades.isfinite()).any(1).nonzero().flatten():
-            raise BadInput(
-                f"the reward of {args.task} is {float(grades[i, 0])} for {batch[i]!r:.200}: {texts[i]!r:.200}"
-            )
-        rewards, right = grades.to(model.device).unbind(1)
+        rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
+        for i in (~rewards.isfinite()).nonzero().flatten():
+            raise BadInput(f"the reward of {args.task} is {rewards[i]:g} for {batch[i]!r:.200}: {texts[i]!r:.200}")
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
         # Timesteps: drawn more often where more can be learned.
         scores = {"surprise": surprise(rollout), "entropy": rollout.entropy, "uniform": 0 * rollout.entropy}
         proposal = defensive_proposal(scores[args.timestep_proposal], rollout.num_steps)
         rngs = [seeded_generator("cpu", args.seed, update, i, rank()) for i in range(args.updates_per_rollout)]
-        views = [rollout] * len(rngs)
-        if args.method == "diffu_grpo":
-            views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
+        one_step = args.method == "diffu_grpo"
+        views = [one_step_view(model, rollout, generator=rng, **policy) if one_step else rollout for rng in rngs]
 
         # Updates: the first is on the policy that sampled; the others are not, which is what clipping is for.
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
@@ -493,133 +486,98 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                 **policy,
             )  # fmt: skip
             for p in trained:  # where nothing was to be learned there is no gradient: take part with zeros
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size()
                 if world_size() > 1:
                     dist.all_reduce(p.grad)
-                    p.grad /= world_size()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (rollout.logp.isfinite().all() and grad_norm.isfinite()):
-                cause = "--learning_rate, --beta or --updates_per_rollout may be too high: resume with less"
-                raise FloatingPointError(f"update {update + 1} is not finite; {last_checkpoint(run)}. {cause}")
+                raise FloatingPointError(
+                    f"update {update + 1} is not finite; lower --learning_rate, --beta or --updates_per_rollout"
+                )
             optimizer.step()
 
-        std, tokens = rewards.view(-1, args.group_size).std(1), (rollout.step >= 0).sum()
-        metrics |= {
-            "reward": rewards.mean(),
-            "reward_std": std.mean(),
-            "accuracy": right.mean(),
-            "grad_norm": grad_norm,
-        }
-        metrics |= {"completion_length": tokens / len(batch), "entropy": rollout.entropy.sum() / tokens}
-        metrics |= {
-            "frac_reward_zero_std": (std < 1e-6).float().mean(),
-            "learning_rate": optimizer.param_groups[0]["lr"],
-        }
-        metrics = {"update": update + 1} | mean_over_ranks(metrics)
-        if args.eval_every and (update + 1) % args.eval_every == 0:
+        # Metrics.
+        done, std, tokens = update + 1, rewards.view(-1, args.group_size).std(1), (rollout.step >= 0).sum()
+        metrics = {"update": done} | mean_over_ranks(metrics | {
+            "reward": rewards.mean(), "reward_std": std.mean(), "frac_reward_zero_std": (std < 1e-6).float().mean(),
+            "accuracy": right.mean(), "completion_length": tokens / len(batch), "grad_norm": grad_norm,
+            "entropy": rollout.entropy.sum() / tokens, "learning_rate": optimizer.param_groups[0]["lr"],
+        })  # fmt: skip
+        if args.eval_every and done % args.eval_every == 0:
             metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
         if rank() > 0:
             continue
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         track(metrics)
-        progress.set_postfix_str(
-            text := "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
-        )
-        if progress.disable and (update + 1) % 10 == 0:
-            print(f"update {update + 1} of {args.max_steps}: {text}", flush=True)
-        if args.show_every and (update + 1) % args.show_every == 0:
-            progress.write(f"\nupdate {update + 1}, reward {rewards[0]:g}\n{task.show(batch[0], texts[0])}\n")
-        if (update + 1) % args.save_every == 0 or update + 1 == args.max_steps:
-            save_training_state(run, update + 1, model, tokenizer, optimizer)
-    model.eval()
+        text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
+        bar.set_postfix_str(text)
+        if bar.disable and done % 10 == 0:  # no terminal, so a log: lines in place of a bar
+            print(f"update {done} of {args.max_steps}: {text}", flush=True)
+        if args.show_every and done % args.show_every == 0:
+            picture, verdict = task.picture(batch[0], texts[0]), "right" if right[0] else "wrong"
+            bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{picture}\n")
+        if done % args.save_every == 0 or done == args.max_steps:
+            save_training_state(run, done, model, tokenizer, optimizer)
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-
-    Each --rollout_batch has a generator of its own, from key: completions do not depend on the number of processes.
-    Completions end before their first EOS. Tokens after it were sampled, so they are trained on; rewards ignore them.
-    changes override settings of sampling. Raises BadInput where the model has not enough positions.
-    """
+    Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. They end
+    before their first EOS; what was sampled after it is trained on, not rewarded. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": tokenizer.eos_token_id}
+    eos_id, size = tokenizer.eos_token_id, args.rollout_batch
+    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": eos_id} | changes
     prompts, mine, texts, rollouts = [task.prompt(example, tokenizer) for example in examples], [], [], []
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     longest, most = encoded["input_ids"].shape[1] + args.completion_length, model.config.max_position_embeddings
     if longest > most:
         raise BadInput(f"the longest prompt and a completion make {longest} tokens, but the model has {most} positions")
-    for n in range(rank(), math.ceil(len(examples) / args.rollout_batch), world_size()):
-        part, rng = slice(n * args.rollout_batch, (n + 1) * args.rollout_batch), seeded_generator(model.device, *key, n)
-        ids, mask = (encoded[name][part].to(model.device) for name in ("input_ids", "attention_mask"))
-        rollouts.append(sample(model, ids, mask.bool(), generator=rng, **sampling | changes))
-        rows = [row[: [*row, sampling["eos_id"]].index(sampling["eos_id"])] for row in rollouts[-1].completion.tolist()]
-        rows = [
-            [token for token in row if token != tokenizer.pad_token_id] for row in rows
-        ]  # other special ones are text
-        mine, texts = mine + examples[part], texts + tokenizer.batch_decode(rows)
-    columns = zip(*(vars(rollout).values() for rollout in rollouts))  # none if this process has no share
-    rollout = [None if column[0] is None else torch.cat(column) for column in columns]
-    return mine, texts, Rollout(*rollout) if rollout else None
+    ids, mask = (encoded[name].to(model.device).split(size) for name in ("input_ids", "attention_mask"))
+    for n in range(rank(), len(ids), world_size()):
+        rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
+        rows = [row[: [*row, eos_id].index(eos_id)] for row in rollouts[-1].completion.tolist()]
+        texts += tokenizer.batch_decode([[token for token in row if token != tokenizer.pad_token_id] for row in rows])
+        mine += examples[n * size : (n + 1) * size]
+    parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
+    return mine, texts, Rollout(*parts) if parts else None  # None if this process has no share
 
 
 def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
-    changes = {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0, "top_p": 1.0} if greedy else {}
+    changes = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
     mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **changes)
-    right = sum(task.grade(*pair)[1] for pair in zip(mine, texts))
+    right = sum(right for _, right in map(task.grade, mine, texts))
     return mean_over_ranks({"right": right})["right"] * world_size() / len(test)
 
 
-def one_step_view(
-    model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy: bool, micro_batch: int = 64, generator=None
-) -> Rollout:
-    """diffu-GRPO's estimator (d1, arXiv 2504.12216), to compare with: the rollout as if one step had unmasked it all.
-
-    The completion is all masks, and so is each prompt token with probability 0.15. Hardly any token was sampled in such
-    a state, so the gradient is biased. Give the result to `policy_gradient` in place of the rollout. Off policy, its
-    logp is the model's as it is now. Nothing is truncated.
-    """
+@torch.no_grad()
+def one_step_view(model, rollout: Rollout, *, mask_id: int, temperature: float, micro_batch=64, generator=None):
+    """The rollout as if one step had unmasked it all, with 15% of the prompt masked: `policy_gradient` of it is that of
+    diffu-GRPO (d1, arXiv 2504.12216). It is biased, as hardly any token was sampled in such a state. Not truncated."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
-    if not on_policy:
-        logps = lambda rows: step_logps(model, view, rows, 0 * rows, mask_id=mask_id, temperature=temperature)[0]
-        with torch.no_grad():
-            rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
-            view.logp = torch.cat(list(map(logps, rows)))
-    return view
-
-
-def seeded_generator(device, *key) -> torch.Generator:
-    """A generator for the purpose that key names: nothing random has a state that a checkpoint would have to hold."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
-
-
-def draw_examples(examples: list[dict], update: int, args: "Settings") -> list[dict]:
-    """The prompts of one update: every example comes once per epoch, each epoch in another random order."""
-    size, first = len(examples), update * args.prompts_per_update  # counted from the start of the run
-    places = [divmod(n, size) for n in range(first, first + args.prompts_per_update)]
-    epochs = {n: random.Random(f"{args.seed} epoch {n}").sample(range(size), size) for n in {n for n, _ in places}}
-    return [examples[epochs[n][place]] for n, place in places]
+    rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
+    logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
+    return replace(view, logp=torch.cat(logps))
 
 
 def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
     """What takes an update's metrics where --report_to says; a resumed run goes on where its checkpoint was made."""
+    if args.report_to == "none":
+        return lambda metrics: None
     if args.report_to == "wandb":
-        import wandb
-
-        name = Path(args.output_dir).name
+        wandb, name = importlib.import_module("wandb"), Path(args.output_dir).name
         run = wandb.init(project="agrpo", name=name, id=name, resume="allow", config=asdict(args))
         return lambda metrics: run.log(metrics, step=metrics["update"])
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        add = SummaryWriter(args.output_dir, purge_step=start + 1).add_scalar
-        return lambda metrics: [add(name, value, metrics["update"]) for name, value in metrics.items()]
-    return lambda metrics: None
+    board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=start + 1)
+    return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
 
 
+# Nothing random has a state that a checkpoint would have to hold: key names the purpose.
+seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
+checkpoints = lambda run: sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))  # oldest first
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 
@@ -628,7 +586,6 @@ def mean_over_ranks(metrics: dict) -> dict[str, float]:
     """Also where processes wait for each other."""
     values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
     if world_size() > 1:
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values)
     return dict(zip(metrics, (values / world_size()).tolist()))
 
@@ -644,15 +601,6 @@ def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> 
         shutil.rmtree(old)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))
-
-
-def last_checkpoint(run: Path) -> str:
-    return f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "there is no checkpoint yet"
-
-
 def load_training_state(run: Path, optimizer) -> int:
     """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it, return the updates made so far."""
     done, state, log = 0, {}, run / "metrics.jsonl"
@@ -663,14 +611,8 @@ def load_training_state(run: Path, optimizer) -> int:
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     if rank() == 0 and log.exists():
-        write_whole(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
+        os.truncate(log, sum(map(len, log.read_bytes().splitlines(keepends=True)[:done])))
     return done
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of a file or nothing, whenever the process is killed."""
-    path.with_suffix(".part").write_text(text)
-    path.with_suffix(".part").replace(path)
 
 
 # ===== 6. Tasks: examples, prompts, rewards ===========================================================================
@@ -707,60 +649,46 @@ class Task:
 
     def prompt(self, example: dict, tokenizer) -> str:
         text = (self.plain or self.question).format(**example)
-        if tokenizer.chat_template is None:
-            return text
-        messages = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return text
 
     def answer(self, completion: str) -> str | None:
         return completion.strip() if self.plain else inside_tags(completion, "answer")
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
         """(reward, whether the answer is right). The reward is the official release's: 3 for a right answer, partial
-        credit, and 0.5 for each pair of tags. Where the whole completion is the answer: 1, and partial credit."""
-        answer = self.answer(completion)
-        right = answer is not None and self.is_right(example, answer)
-        credit = self.credit(example, answer) if answer is not None else 0.0
+        credit, 0.5 for each pair of tags; where all of the completion is the answer, 1 and partial credit."""
+        answer = self.answer(completion) or ""
+        right, credit = self.is_right(example, answer), self.credit(example, answer)
         tags = sum(inside_tags(completion, tag) is not None for tag in ("reasoning", "answer"))
         return right + credit if self.plain else 3 * right + credit + 0.5 * tags, right
-
-    def show(self, example: dict, completion: str) -> str:
-        return self.picture(example, completion) + (
-            "\n    right" if self.grade(example, completion)[1] else "\n    wrong"
-        )
 
 
 def inside_tags(text: str, tag: str) -> str | None:
     """What stands between <tag> and </tag>; None unless each occurs exactly once, in this order."""
-    if re.findall(f"</?{tag}>", text) != [f"<{tag}>", f"</{tag}>"]:
-        return None
-    return text.split(f"<{tag}>")[1].split(f"</{tag}>")[0].strip()
+    parts = re.split(f"(</?{tag}>)", text)
+    return parts[2].strip() if parts[1::2] == [f"<{tag}>", f"</{tag}>"] else None
 
 
 def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
-    """Examples from a file (to test on), a folder of train.* and test.*, or a hub id; .csv, .json, .jsonl or .parquet.
-
-    columns as in `Task`, "a|b" meaning a or b; where a pattern has a group, that is the value. Raises BadInput that says
-    what is wrong.
-    """
+    """Examples from a file (to test on), a folder of train.* and test.*, or a hub id; BadInput says what is wrong.
+    columns as in `Task`: "a|b" is a or b; where a pattern has a group, that is the value."""
     place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
-    name = r"\w+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
+    name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
     found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
-    files = [file for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name)]
-    if not files:
-        raise BadInput(f"--data {source}: give a folder with a {split}.csv, .json, .jsonl or .parquet")
-    kind, files = files[0].suffix[1:].removesuffix("l"), sorted(str(f) for f in files if f.parent == files[0].parent)
-    shards = re.search(r"-of-0*(\d+)\.\w+$", files[0])
+    files = sorted(str(file) for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name))
+    shards = re.search(r"-of-(\d+)\.\w+$", files[0]) if files else None
     if len(files) != (int(shards[1]) if shards else 1):
-        raise BadInput(f"--data {source}: {len(files)} files for {split}, which is one too many or lacks some: {files}")
-    text = {
-        "converters": {name: str for column, _ in columns.values() for name in column.split("|")}
-    }  # "01" stays "01"
+        raise BadInput(f"--data {source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
+    where, kind = f"--data {files[0]}", Path(files[0]).suffix[1:].removesuffix("l")
+    text = {"converters": {name: str for column, _ in columns.values() for name in column.split("|")}}  # keeps "01"
     try:
         table = datasets.load_dataset(kind, data_files=files, split="train", **text if kind == "csv" else {})
     except Exception as error:  # noqa: BLE001 - each format has errors of its own
-        reason = (str(error.__cause__ or error) or "empty").splitlines()[0]
-        raise BadInput(f"--data {files[0]}: not readable, or no rows: {reason}") from None
+        reason = str(error.__cause__ or error).split("\n")[0]
+        raise BadInput(f"{where}: not readable, or no rows: {reason}") from None
     rows = []
     for number, row in enumerate(table.to_list(), start=1):
         rows.append({})
@@ -768,37 +696,29 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
             value = next((row[name] for name in column.split("|") if row.get(name)), "")
             match = re.fullmatch(pattern, str(value).strip(), re.DOTALL)
             if not match:
-                raise BadInput(
-                    f"--data {files[0]}, row {number}: no {column} that looks like {pattern} in {row!r:.100}"
-                )
+                raise BadInput(f"{where}, row {number}: no {column} that looks like {pattern} in {row!r:.100}")
             rows[-1][key] = match[match.lastindex or 0]
-    if not rows:
-        raise BadInput(f"--data {files[0]} has no rows")
     return rows
-
-
-# A 4x4 Sudoku is its 16 cells, row by row, 0 for a blank. Each of 4 rows, 4 columns and 4 boxes holds 1 to 4 once.
-ROWS = [[4 * r + c for c in range(4)] for r in range(4)]
-BOXES = [[8 * r + 2 * c + i for i in (0, 1, 4, 5)] for r in range(2) for c in range(2)]
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
     """The share of rows, columns and boxes that hold 1 to 4 once; 0 if it is not 16 cells that keep the clues."""
-    cells = "".join(answer.split()) if len(answer) <= 100 else ""
+    cells = "".join(answer.split())  # row by row
     if len(cells) != 16 or not all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells)):
         return 0.0
-    return sum({cells[i] for i in unit} == set("1234") for unit in [*ROWS, *zip(*ROWS), *BOXES]) / 12
+    rows, columns = [cells[i : i + 4] for i in (0, 4, 8, 12)], [cells[i::4] for i in range(4)]
+    boxes = [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
+    return sum(set(unit) == set("1234") for unit in rows + columns + boxes) / 12
 
 
 def sudoku_picture(example: dict, answer: str) -> str:
     puzzle, cells = example["puzzle"].replace("0", "."), answer.ljust(16)
-    line = lambda text, row: " ".join(text[i] for i in row)
-    return "\n".join(f"    {line(puzzle, row)}   {line(cells, row)}" for row in ROWS)
+    return "\n".join(f"    {' '.join(puzzle[i : i + 4])}   {' '.join(cells[i : i + 4])}" for i in (0, 4, 8, 12))
 
 
 def sudoku_create(split: str, seed: int) -> list[dict]:
-    """Puzzles of 10 to 14 blanks; most have several solutions, and any of them is right. 240 of the 288 grids are to
-    train on (64 puzzles each, drawn with the seed), 48 to test on (8 each, always the same)."""
+    """Puzzles of 10 to 14 blanks; most have several solutions, all of them right. 240 of the 288 grids are to train on
+    (64 puzzles each, drawn with the seed), 48 to test on (8 each, always the same)."""
     lines = ["".join(line) for line in itertools.permutations("1234")]
     bands = [a + b for a in lines for b in lines if set(a[:2] + b[:2]) == set(a[2:] + b[2:]) == set("1234")]
     grids = [a + b for a in bands for b in bands if sudoku_credit({"puzzle": "0" * 16}, a + b) == 1]
@@ -817,7 +737,7 @@ def countdown_create(split: str, seed: int) -> list[dict]:
         a, b, c = (rng.randint(1, 99) for _ in range(3))
         first, second = rng.choice("+-*/"), rng.choice("+-*/")
         target = arithmetic(rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"]))
-        if target is not None and target.denominator == 1 and 0 < target < 1000:
+        if target in range(1, 1000):
             problems.append({"numbers": ",".join(map(str, rng.sample([a, b, c], 3))), "target": str(target)})
     return problems
 
@@ -860,7 +780,7 @@ def gsm8k_right(example: dict, answer: str) -> bool:
 def boxed(text: str) -> str | None:
     r"""What the only \boxed{...} of a text holds, braces matched; None where there is none, or more than one."""
     parts, depth = text.split("\\boxed{"), 1
-    for i, character in enumerate(parts[1][:1000] if len(parts) == 2 else ""):
+    for i, character in enumerate(parts[1] if len(parts) == 2 else ""):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return parts[1][:i]
@@ -868,56 +788,41 @@ def boxed(text: str) -> str | None:
 
 
 def plainly(answer: str) -> str:
-    """The answer out of its box, with one sign each for times, divided by, minus and the comma, no bold, no full stop."""
+    """The answer out of its box, with one sign each for times, divided by, minus and comma, no bold, no full stop."""
     text = boxed(answer) or answer
     for written, sign in SIGNS.items():
         text = re.sub(written, sign, text)
     return text.strip().removesuffix(".")
 
 
-SIGNS = {
-    r"\*\*": "",
-    r"×|·|\\times\b|\\cdot\b": "*",
-    r"÷|\\div\b": "/",
-    "[\u2010-\u2013\u2212\ufe63\uff0d]": "-",
-    r"\{,\}": ",",
-}
-NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![A-Za-z])\.[0-9]+")
-BEFORE, AFTER = r"(sqrt|√|log|ln|exp|\^|/|\w\s*\*)[\s{(]*$", r"[\s})]*(!|\^|\\?pi\b|π|\*\s*\w)"  # another value
+SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐‑‒–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
+NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
+ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
 
 
 def single_number(text: str) -> Fraction | None:
-    """The number in a text that holds exactly one, negative if a minus stands before it with no letter between. None
-    for none, several, digits other than 0 to 9, an operator or function beside it, or over 100 characters. The power of
-    a unit (m^2) is no number, and words are not read: 72 thousand is 72."""
+    """The only number in a text, or None: for several, for one with an operator or function, for over 100 characters.
+    The power of a unit (m^2) is no number, and words are not read: 72 thousand is 72."""
     text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))
-    found = list(NUMBER.finditer(text))
-    if len(found) != 1 or len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
+    found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
+    if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
         return None
-    before, after = text[: found[0].start()], text[found[0].end() :]
-    if re.search(BEFORE, before) or re.match(AFTER, after):
-        return None
-    value = Fraction(found[0][0].replace(",", ""))
-    return -value if re.search(r"-\W*$", before) else value
+    minus, digits = found[0]
+    return Fraction(digits.replace(",", "")) * (-1 if minus else 1)
 
 
 def math_right(example: dict, answer: str) -> bool:
     r"""Whether math-verify finds what is in \boxed{} equal to the solution's; the text around it is not looked at."""
     from math_verify import parse, verify
 
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("math-verify's time limits use signals, which only the main thread has")
-    inside = boxed(answer) if len(answer) <= 500 else None
-    if not inside or not inside.strip():
-        return False
-    try:  # a second each: 9^{9^9} must not hold up a group
-        gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], f"\\boxed{{{inside}}}"))
-        return bool(verify(gold, found, timeout_seconds=1))
-    except Exception:  # noqa: BLE001 - whatever a parser of LaTeX does with what a model wrote, it was no right answer
-        return False
+    inside = boxed(answer) or "" if len(answer) <= 500 else ""
+    # A second for each: 9^{9^9} must not hold up a group. What cannot be parsed is equal to nothing.
+    gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], f"\\boxed{{{inside}}}"))
+    return verify(gold, found, timeout_seconds=1)
 
 
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
+BOXED = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
 TASKS = {
     "sudoku": Task(
         "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
@@ -934,13 +839,11 @@ TASKS = {
         create=countdown_create,
     ),
     "gsm8k": Task(  # arXiv 2110.14168
-        "{question}" + FORMAT + "the number alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>.",
-        gsm8k_right, {"question": ("question", ".+"), "gold": ("answer", r".*####\s*(-?\$?[0-9.,]*[0-9])")},
+        BOXED, gsm8k_right, {"question": ("question", ".+"), "gold": ("answer", r".*####\s*(-?\$?[0-9.,]*[0-9])")},
         {"train": "openai/gsm8k", "test": "openai/gsm8k"},
     ),
     "math": Task(  # arXiv 2103.03874
-        "{problem}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>.",
-        math_right, {"problem": ("problem", ".+"), "solution": ("solution", r".*\\boxed.*")},
+        BOXED, math_right, {"question": ("problem", ".+"), "solution": ("solution", r".*\\boxed.*")},
         {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"},
     ),
 }  # fmt: skip
@@ -950,80 +853,82 @@ TASKS = {
 
 
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, base: str | None = None):
-    """(model, tokenizer, mask_id), ready to sample from.
+    """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
 
-    name_or_path: "tiny" (not trained yet), a LLaDA or Dream checkpoint (hub id or folder), or a folder that this file
-    saved: a run, a checkpoint, a LoRA adapter (peft's too); base stands in for an adapter's base that is gone. LLaDA is a
-    Llama and Dream a Qwen2, both without the causal mask, so transformers' own classes hold them: no remote code,
-    safetensors only. Raises BadInput for anything else.
+    name_or_path: "tiny" (not trained yet), a LLaDA or Dream checkpoint (hub id or folder), or what this file saved: a
+    run, a checkpoint, a LoRA adapter (peft's too); base stands in for an adapter's base that is gone. LLaDA is a Llama
+    and Dream a Qwen2, both without the causal mask, so transformers' own classes hold them and no remote code runs.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder = find_checkpoint(name_or_path)
     if (folder / "adapter_config.json").exists():
-        adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
-        if any(adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
-            raise BadInput(f"{folder} is no plain LoRA adapter, the only kind that this file reads")
-        if not file.exists():
-            raise BadInput(f"{folder} has no {file.name}, and only safetensors is read")
-        recorded = adapter["base_model_name_or_path"]
-        try:
-            model, tokenizer, mask_id = load_model(recorded, device, dtype)
-        except BadInput:
-            if base in (None, recorded):
-                raise
-            print(f"{folder}: {recorded} is not to be had, {base} takes its place")
-            model, tokenizer, mask_id = load_model(base, device, dtype)
-        saved = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
-        for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
-            saved = {re.sub(theirs, ours, name): tensor for name, tensor in saved.items()}
-        add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"], {name.split(".lora_")[0] for name in saved})
-        if {n: x.shape for n, x in saved.items()} != {n: p.shape for n, p in model.named_parameters() if "lora_" in n}:
-            raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
-        model.load_state_dict(saved, strict=False)
-        return model, tokenizer, mask_id
-
+        return load_adapter(folder, device, dtype, base)
     raw = json.loads((folder / "config.json").read_text())
     kind = raw.get("model_type")
     if kind not in MODELS:
         raise BadInput(f"{name_or_path} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
-    model_class, extra = MODELS[kind]
-    own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
-    keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
-    given = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
-    config = model_class.config_class(**given | extra | {"use_cache": False})
+    model_class, tokenizer_class, extra = MODELS[kind]
+    own = {name: name for name in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
+    names = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
+    given = {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
+    config = model_class.config_class(**given | extra)
     with torch.device("meta"):
-        size = model_class(config).num_parameters()
-    if torch.device(device).type == "cpu" and size > 2e9:
-        raise BadInput(f"{name_or_path}: {size / 1e9:.1f} billion parameters are too many for a CPU; use a GPU")
-    tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer  # Dream's own is remote code
+        billions = model_class(config).num_parameters() / 1e9
+    if torch.device(device).type == "cpu" and billions > 2:
+        raise BadInput(f"{name_or_path}: {billions:.1f} billion parameters are too many for a CPU; use a GPU")
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None or tokenizer.eos_token_id is None:
         raise BadInput(f"{name_or_path}: no mask_token_id in config.json, or no eos_token in the tokenizer")
-    model, loaded = model_class.from_pretrained(
+    model, found = model_class.from_pretrained(
         find_checkpoint(name_or_path, "*.safetensors"), config=config, dtype=dtype, use_safetensors=True,
-        key_mapping=LLADA_WEIGHTS if kind == "llada" else None, output_loading_info=True,
+        key_mapping=LLADA_WEIGHTS if kind == "llada" else None, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loaded[problem]:
-            raise BadInput(f"{name_or_path}: {problem.replace('_', ' ')}: {sorted(map(str, loaded[problem]))[:5]}")
+    for problem in ("missing", "unexpected", "mismatched"):
+        if weights := sorted(map(str, found[f"{problem}_keys"])):
+            raise BadInput(f"{name_or_path}: {problem} weights: {weights[:5]}")
     model.raw_config = raw
     model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path  # for an adapter's base
     return model.to(device).eval(), tokenizer, mask_id
 
 
-MODELS = {  # model_type: transformers' class, and what its config needs besides
-    "bert": (hf.BertForMaskedLM, {}),
-    "Dream": (hf.Qwen2ForCausalLM, {"is_causal": False, "logits_shift": 1}),
-    "llada": (hf.LlamaForCausalLM, {"is_causal": False}),
+def load_adapter(folder: Path, device, dtype: torch.dtype, base: str | None):
+    """A LoRA adapter on the base that it names or, if that cannot be had, on the one given."""
+    adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
+    other = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if adapter.get(name)]
+    if other or not file.exists():
+        raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read, no adapter with {other or 'a .bin'}")
+    name = adapter["base_model_name_or_path"]
+    try:
+        model, tokenizer, mask_id = load_model(name, device, dtype)
+    except BadInput:
+        if base in (None, name):
+            raise
+        print(f"{folder}: {name} is not to be had, {base} takes its place")
+        model, tokenizer, mask_id = load_model(base, device, dtype)
+    weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
+    for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
+        weights = {re.sub(theirs, ours, name): tensor for name, tensor in weights.items()}
+    add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"], {name.split(".lora_")[0] for name in weights})
+    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items() if "lora_" in name}
+    if shapes(model.state_dict()) != shapes(weights):
+        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
+    model.load_state_dict(weights, strict=False)
+    return model, tokenizer, mask_id
+
+
+MODELS = {  # model_type: classes of transformers, and what the config needs besides
+    "bert": (hf.BertForMaskedLM, hf.AutoTokenizer, {}),
+    "Dream": (hf.Qwen2ForCausalLM, hf.Qwen2Tokenizer, {"is_causal": False, "use_cache": False, "logits_shift": 1}),
+    "llada": (hf.LlamaForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
 }
 LLADA_CONFIG = {  # Llama's name: LLaDA's
     "hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size", "vocab_size": "embedding_size",
-    "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "max_position_embeddings": "max_sequence_length",
-    "tie_word_embeddings": "weight_tying",
+    "max_position_embeddings": "max_sequence_length", "tie_word_embeddings": "weight_tying",
+    "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
 }  # fmt: skip
 LLADA_LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj",
@@ -1036,12 +941,12 @@ LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, our
 PEFT = "base_model.model."  # what peft puts before the name of each weight of an adapter
 
 
-def find_checkpoint(name: str, weights: str = "*.txt") -> Path:
+def find_checkpoint(name: str, *weights: str) -> Path:
     """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
-    folder = local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", weights])
+    folder = local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights])
     if (folder / "settings.json").is_file():  # a run
         folder = (checkpoints(folder) or [folder])[-1]
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
     return folder
 
@@ -1050,16 +955,17 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
-    try:  # one short question first: a download retries for minutes before it says that there is no network
+    offline = None
+    try:  # one short question: behind a firewall that never answers, a download waits for minutes
         hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
-        return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
-    except Exception as error:  # noqa: BLE001 - which one says that there is no network depends on the HTTP client
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
+        offline = error
     try:
-        return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files, local_files_only=True))
-    except (OSError, ValueError):
-        option = "--model" if kind == "model" else "--data"
-        advice = f"give {option} FOLDER, or run plain `python agrpo.py`, which needs no hub"
+        options = {"allow_patterns": files, "local_files_only": offline is not None}
+        return Path(hub.snapshot_download(name, repo_type=kind, **options))
+    except Exception as error:  # noqa: BLE001
+        reason = f"{type(offline or error).__name__}: {offline or error}".splitlines()[0]
+        advice = f"give {'--model' if kind == 'model' else '--data'} FOLDER, or run plain `python agrpo.py`"
         raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
 
 
@@ -1082,9 +988,9 @@ class LoRALinear(torch.nn.Module):
 def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None:
     """Freeze a model and put LoRA on the linear layers of these names; by default on all but the output head."""
     model.requires_grad_(False)
-    inside = model.base_model_prefix + "."
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and (name in names if names else name.startswith(inside)):
+        wanted = name in names if names else name.startswith(model.base_model_prefix + ".")
+        if wanted and isinstance(layer, torch.nn.Linear):
             model.set_submodule(name, LoRALinear(layer, r, alpha))
 
 
@@ -1099,21 +1005,18 @@ def merge_lora(model):
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with."""
-    folder = Path(folder)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    if layers:
-        folder.mkdir(parents=True)
-        weights = {PEFT + name: p.data.contiguous() for name, p in model.named_parameters() if "lora_" in name}
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        layer, targets = next(iter(layers.values())), sorted(layers)
-        config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": 0.0, "bias": "none"}
-        config |= {"target_modules": targets, "base_model_name_or_path": model.name_or_path, "task_type": None}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    else:
-        model.save_pretrained(folder)
-        if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
-            (folder / "config.json").write_text(json.dumps(model.raw_config, indent=1))
+    folder, layers = Path(folder), {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     tokenizer.save_pretrained(folder)
+    if layers:
+        weights = {PEFT + name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+        save_file(weights, folder / "adapter_model.safetensors")
+        layer, base = next(iter(layers.values())), {"base_model_name_or_path": model.name_or_path}
+        config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "target_modules": sorted(layers)} | base
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+        return
+    model.save_pretrained(folder)
+    if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
+        (folder / "config.json").write_text(json.dumps(model.raw_config, indent=1))
 
 
 def tiny_model(device, dtype):
@@ -1133,15 +1036,11 @@ def tiny_model(device, dtype):
 
 
 def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed: int, steps: int, batch: int = 256):
-    """Teach a fresh model (prompt, completion) pairs with the masked-diffusion ELBO (arXiv 2406.07524).
-
-    Each completion has its tokens masked with probability t ~ U(0, 1); the loss is the cross-entropy of the masked ones
-    weighted 1/t, an upper bound on -log p(completion | prompt). It stops at 3.2 nats: a model that knows the rules and
-    is not yet sure of them.
-    """
+    """Teach a fresh model (prompt, completion) pairs with the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
+    tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt). It stops at
+    3.2 nats: a model that knows the rules and is not yet sure of them."""
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
-    optimizer, recent = torch.optim.AdamW(model.parameters()), []
-    bar = tqdm(range(steps), desc="pretraining", unit="step")
+    optimizer, recent, bar = torch.optim.AdamW(model.parameters()), [], tqdm(range(steps), "pretraining", unit="step")
     for step in bar:
         rng = seeded_generator("cpu", seed, "pretrain", step)
         rows = torch.randint(len(prompts), (batch,), generator=rng)
@@ -1149,8 +1048,8 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
         masked = torch.rand(batch, completions.shape[1], generator=rng) < t  # (B, C)
         ids = torch.cat([prompts[rows], completions[rows].masked_fill(masked, mask_id)], 1).to(model.device)
         logits = model(ids).logits[:, prompts.shape[1] :].cpu()  # (B, C, V)
-        loss = cross_entropy(logits.transpose(1, 2), completions[rows], reduction="none")  # (B, C)
-        loss = (loss * masked / t).sum(1).mean()
+        losses = cross_entropy(logits.transpose(1, 2), completions[rows], reduction="none")  # (B, C)
+        loss = (losses * masked / t).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1158,8 +1057,9 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
         optimizer.param_groups[0]["lr"] = 2e-3 * min(fraction / 0.1, (1 - fraction) / 0.9 + 1e-3)
         optimizer.step()
         recent = recent[-24:] + [loss.item()]
-        bar.set_postfix_str(f"-ELBO {sum(recent) / len(recent):.2f} nats")
-        if step >= 25 and sum(recent) / len(recent) < 3.2:
+        mean = sum(recent) / len(recent)
+        bar.set_postfix_str(f"-ELBO {mean:.2f} nats")
+        if step >= 25 and mean < 3.2:
             break
 
 
@@ -1173,51 +1073,49 @@ class Settings:
     """Every setting there is. The defaults are the tiny model's; RELEASE holds those that differ for an 8B model."""
 
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
-    model: str = option("tiny", "tiny (pretrained on the spot, then cached), a folder, or a hub id of LLaDA or Dream")
+    model: str = option("tiny", "tiny (pretrained on the spot), a folder, or a hub id of LLaDA or Dream")
     data: str | None = option(None, "your data: a file to test on, a folder of train.* and test.*, or a hub id")
-    output_dir: str | None = option(None, "where the run goes; not given: a new folder under runs/")
-    resume: str | None = option(None, "folder of a run to go on with; its settings apply, but for those given here")
+    output_dir: str | None = option(None, "the run's folder; default: a new one in runs/")
+    resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
     seed: int = option(0, "the same seed gives the same run on the same machine")
-    device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
+    device: str | None = option(None, "cuda, mps or cpu; default: the first that there is")
 
-    method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo is d1's one-step estimator, to compare with")
-    max_steps: int = option(400, "updates: batches of rollouts to train on")
+    method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo: d1's estimator, to compare with")
+    max_steps: int = option(400, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(1, "k: steps drawn per completion; a forward and backward pass each")
+    k: int = option(1, "steps drawn per completion; a forward and backward pass each")
     timestep_proposal: Literal["surprise", "entropy", "uniform"] = option("surprise", "what steps are drawn by")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
     updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts")
     eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
-    beta: float = option(0.0, "beta: weight of the KL to the model before training; 0 makes no reference pass")
+    beta: float = option(0.0, "weight of the KL to the model before training")
 
     completion_length: int = option(16, "tokens in a completion")
-    block_length: int = option(16, "blocks are unmasked from left to right; must divide completion_length")
+    block_length: int = option(16, "unmasked from left to right; divides completion_length")
     steps: int = option(2, "T: sampling steps for a completion")
     unmasking: Literal["random", "low_confidence"] = option("random", "what a step unmasks; random is exact")
     temperature: float = option(1.0, "tau: sampling temperature")
-    top_k: int = option(0, "sample from so many most probable tokens (0: from all)")
-    top_p: float = option(1.0, "sample from the most probable tokens that make up this probability")
+    top_k: int = option(0, "sample from so many most probable tokens; 0: from all")
+    top_p: float = option(1.0, "sample from the most probable that make up this probability")
 
-    learning_rate: float = option(5e-4, "AdamW's, times a linear warm-up and half a cosine to 0")
+    learning_rate: float = option(5e-4, "AdamW's, before warm-up and cosine decay to 0")
     warmup_steps: int = option(20, "updates in which the learning rate rises")
-    lora_rank: int = option(0, "r of LoRA on every linear layer but the head; 0 trains all weights")
+    lora_rank: int = option(0, "r of LoRA on all linear layers but the head; 0: train all weights")
     lora_alpha: float = option(64.0, "alpha of LoRA")
-    micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes nothing else")
+    micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes no result")
     rollout_batch: int = option(512, "completions sampled at once, whole groups")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(False, "less memory in the backward pass, more time")
 
-    eval_steps: list[int] = field(
-        default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "sampling steps to measure at, before and after"}
-    )
-    eval_examples: int = option(0, "test examples to measure on (0: all)")
-    eval_every: int = option(0, "measure greedy accuracy at the first of eval_steps every so many updates (0: never)")
-    show_every: int = option(50, "print a completion every so many updates (0: never)")
-    save_every: int = option(50, "save a checkpoint every so many updates; the newest two are kept")
+    eval_steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "steps to measure at"})
+    eval_examples: int = option(0, "test examples to measure on; 0: all")
+    eval_every: int = option(0, "updates between measurements, greedy at the first of eval_steps; 0: none")
+    show_every: int = option(50, "updates between completions printed; 0: none")
+    save_every: int = option(50, "updates between checkpoints; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
-    pretrain_steps: int = option(400, "steps of pretraining the tiny model, at the most")
+    pretrain_steps: int = option(400, "steps of pretraining the tiny model, at most")
 
 
 RELEASE = {  # the official release's settings for LLaDA-8B, for one GPU; measured on fewer examples than by eval.py
@@ -1230,9 +1128,8 @@ RELEASE = {  # the official release's settings for LLaDA-8B, for one GPU; measur
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Settings from the command line, over the defaults for the task and model, or over those of the run to resume."""
-    usage = "agrpo.py [--option value ...], where --help lists all options"
-    parser, saved = hf.HfArgumentParser(Settings, usage=usage, allow_abbrev=False), {}
-    argv = sys.argv[1:] if argv is None else argv
+    parser = hf.HfArgumentParser(Settings, usage="agrpo.py [--option value ...] (--help: all)", allow_abbrev=False)
+    argv, saved = sys.argv[1:] if argv is None else argv, {}
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     if first.resume:
         file = Path(first.resume) / "settings.json"
@@ -1243,8 +1140,12 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
-    for name in [name for name, value in vars(args).items() if name in saved and saved[name] != value]:
-        print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
+    for name, value in vars(args).items():
+        if name in saved and saved[name] != value:
+            print(f"--{name} was {saved[name]}, is {value} from here on")
+    folder = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
+    folders = [folder, *(f"{folder}-{i}" for i in range(2, 1000))]
+    args.output_dir = args.output_dir or next(folder for folder in folders if not Path(folder).exists())
     return args
 
 
@@ -1255,64 +1156,52 @@ def is_tiny(name: str) -> bool:
 
 
 def start_processes(args) -> None:
-    """Choose the device where none is given and, under torchrun, join the other processes."""
+    """Choose the device where none is given and, under torchrun, join the other processes; only the first prints."""
     hf.logging.set_verbosity_error()  # what goes wrong in loading is said in a sentence
     hf.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
 
 
 def check_settings(args: Settings) -> None:
-    """Raise ValueError on the first setting that cannot work, before anything is loaded or written."""
+    """Raise ValueError for settings that cannot work, before anything is loaded or written."""
     for name in (
-        "temperature",
-        "top_p",
-        "k",
-        "max_steps",
-        "save_every",
-        "updates_per_rollout",
-        "micro_batch",
-        "block_length",
-    ):
+        "temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch", "block_length",
+    ):  # fmt: skip
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
     for steps in (args.steps, *args.eval_steps):
         tokens_per_step(args.completion_length, args.block_length, steps)
     n, batch, size = world_size(), args.rollout_batch, args.group_size
     if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
-        what = (
-            f"at least 2, divide --rollout_batch, and that x {n} processes divide --prompts_per_update x --group_size"
-        )
-        raise ValueError(f"--group_size must be {what}")
+        raise ValueError("--group_size must be at least 2, divide --rollout_batch, and that a process's completions")
     if args.model == "tiny" and args.task != "sudoku":
-        raise ValueError(f"--model tiny knows only sudoku, not {args.task}; give a LLaDA or Dream checkpoint")
+        raise ValueError("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        raise ValueError(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
+        raise ValueError(f"--report_to {args.report_to} needs pip install {args.report_to}")
     torch.zeros(1, device=args.device)
 
 
-def claim(args: Settings) -> FileLock:
-    """Take a folder for this run alone: --output_dir, or the next free one in runs/. The lock ends with the process."""
-    name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
-    for run in [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 1000))]:
-        lock, settings = FileLock(Path(run) / "run.lock"), Path(run) / "settings.json"
-        try:
-            Path(run).mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except (Timeout, OSError) as error:
-            reason = "another process is at work in it" if isinstance(error, Timeout) else error
-            continue
-        if args.resume or not settings.exists():
-            args.output_dir = run
-            write_whole(settings, json.dumps(asdict(args), indent=1))
-            return lock
-        reason = f"there is a run in it; choose another, or go on with that one: --resume {run}"
-    raise BadInput(f"--output_dir {run}: {reason}")
+def claim(args: Settings):
+    """Take the run's folder for this run alone: a lock that ends with the process, and settings.json."""
+    settings, aside = (Path(args.output_dir) / name for name in ("settings.json", "settings.part"))
+    if settings.exists() and not args.resume:
+        raise BadInput(f"{args.output_dir} has a run; give another --output_dir, or go on: --resume {args.output_dir}")
+    try:
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(settings.with_name("run.lock"), timeout=0).acquire()
+    except OSError as error:  # held by another process, or no such folder possible
+        raise BadInput(f"--output_dir {args.output_dir}: is another process at work in it? {error}") from None
+    aside.write_text(json.dumps(asdict(args), indent=1))
+    aside.replace(settings)  # all of it or nothing, whenever the process is killed
+    return lock
 
 
 def pretrained(model, tokenizer, mask_id: int, examples: list, args: Settings):
@@ -1328,24 +1217,22 @@ def pretrained(model, tokenizer, mask_id: int, examples: list, args: Settings):
     return load_model(str(cache), args.device)[0]
 
 
-def measure(model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> dict:
-    """Accuracy at each of eval_steps, as trained and with greedy low-confidence unmasking."""
+def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
+    """Add to results the accuracy at each of eval_steps, as trained and greedy; print a table of what they hold."""
     at = lambda steps, greedy: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy)
-    return {name: {str(n): at(n, name == "greedy") for n in args.eval_steps} for name in ("as trained", "greedy")}
-
-
-def print_table(results: dict, args: Settings) -> None:
-    print(f"\nAccuracy on {results['examples']} test examples, by sampling steps (trained with {args.steps})")
     how = {"as trained": f"{args.unmasking} unmasking, temperature {args.temperature:g}"}
-    for name, sampler in (how | {"greedy": "low-confidence unmasking, temperature 0"}).items():
+    how |= {"greedy": "low-confidence unmasking, temperature 0"}
+    results[stage] = {name: {str(n): at(n, name == "greedy") for n in args.eval_steps} for name in how}
+    print(f"\nAccuracy on {len(test)} test examples, by sampling steps (trained with {args.steps})")
+    for name, sampler in how.items():
         print(f"\n  {f'{name} ({sampler})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
-        for stage in [stage for stage in ("base", "AGRPO", "diffu-GRPO") if stage in results]:
-            print(f"    {stage:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in results[stage][name].values()))
+        for row, found in results.items():
+            print(f"    {row:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in found[name].values()))
     print(flush=True)
 
 
-def run_training(args: Settings, on_exit: contextlib.ExitStack) -> None:
-    """Load, measure, train, measure. on_exit: where the run's folder is given back."""
+def run_training(args: Settings, held: contextlib.ExitStack) -> None:
+    """Load, measure, train, measure. held: what is given back in the end, the run's folder."""
     began, task = time.time(), TASKS[args.task]
     examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
     problem = lambda example: str(sorted(re.findall(r"\w+", (task.plain or task.question).format(**example))))
@@ -1359,32 +1246,20 @@ def run_training(args: Settings, on_exit: contextlib.ExitStack) -> None:
     name = str(find_checkpoint(args.model).resolve()) if Path(args.model).exists() else args.model
     merge_lora(model).name_or_path = name  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
-        on_exit.callback(claim(args).release)
-        size = sum(p.numel() for p in model.parameters())
-        print(
-            f"{args.task}: {args.model}, {size:,} parameters, on {args.device}; seed {args.seed}; in {args.output_dir}"
-        )
-        print(
-            f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out as in both"
-        )
-    where = [args.output_dir]
-    if world_size() > 1:
-        dist.broadcast_object_list(where)
-    args.output_dir, run, task = where[0], Path(where[0]), task.for_model(tokenizer)
+        held.enter_context(claim(args))
+    run, results, task = Path(args.output_dir), {}, task.for_model(tokenizer)
+    print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
+    print(f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out as in both")
     if args.model == "tiny":
         model = pretrained(model, tokenizer, mask_id, examples, args)
-    results = {"examples": len(test), "eval_steps": args.eval_steps}
-    results["base"] = measure(model, tokenizer, mask_id, task, test, args)
-    if rank() == 0:
-        print_table(results, args)
+    measure(results, "base", model, tokenizer, mask_id, task, test, args)
 
     ref_model = None
     if args.beta > 0:  # the model before training; with LoRA its weights stay, so deepcopy is told to share them (memo)
         memo = {id(p): p for p in model.parameters()} if args.lora_rank else {}
         ref_model = copy.deepcopy(model, memo).requires_grad_(False)
     if checkpoints(run):
-        dtype, base = model.dtype, model.name_or_path
-        del model  # there may not be room for two
+        base, dtype, model = model.name_or_path, model.dtype, None  # there may not be room for two
         model, tokenizer, mask_id = load_model(str(run), args.device, dtype, base)
     elif args.lora_rank:
         torch.manual_seed(args.seed)
@@ -1392,17 +1267,15 @@ def run_training(args: Settings, on_exit: contextlib.ExitStack) -> None:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
-    method = "AGRPO" if args.method == "agrpo" else "diffu-GRPO"
-    results[method] = measure(model, tokenizer, mask_id, task, test, args)
+    stage = "AGRPO" if args.method == "agrpo" else "diffu-GRPO"
+    measure(results, stage, model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
-        write_whole(run / "results.json", json.dumps(results, indent=1))
-        print_table(results, args)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        if all(line["frac_reward_zero_std"] == 1 for line in lines):
-            print(
-                "Nothing was learned: all rewards of a group were equal, always. Look at the completions printed above."
-            )
-        print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run / 'metrics.jsonl'}")
+        results = {"examples": len(test), "eval_steps": args.eval_steps} | results
+        (run / "results.json").write_text(json.dumps(results, indent=1))
+        log = run / "metrics.jsonl"
+        if all(json.loads(line)["frac_reward_zero_std"] == 1 for line in log.read_text().splitlines()):
+            print("Nothing was learned: the rewards of a group were always equal. Look at the completions above.")
+        print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {log}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1412,17 +1285,19 @@ def main(argv: list[str] | None = None) -> None:
         check_settings(args)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         sys.exit(f"agrpo.py: {str(error).splitlines()[0]}")
-    state = lambda: f"{last_checkpoint(Path(args.output_dir))}. Go on with --resume {args.output_dir}"
     try:
-        with contextlib.ExitStack() as on_exit:
-            run_training(args, on_exit)
-    except (BadInput, FloatingPointError) as error:
+        with contextlib.ExitStack() as held:
+            run_training(args, held)
+    except BadInput as error:
         sys.exit(f"agrpo.py: {error}")
-    except torch.OutOfMemoryError:
-        less = "a smaller --micro_batch or --rollout_batch, or --gradient_checkpointing true"
-        sys.exit(f"agrpo.py: out of memory on {args.device}; {state()} and {less}")
-    except KeyboardInterrupt:
-        sys.exit(f"agrpo.py: stopped; {state()}")
+    except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        what = str(error) or "stopped"
+        if isinstance(error, torch.OutOfMemoryError):
+            less = "lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
+            what = f"out of memory on {args.device}; {less}"
+        run = Path(args.output_dir)
+        last = f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "there is no checkpoint yet"
+        sys.exit(f"agrpo.py: {what}; {last}. " + (f"Go on with --resume {run}" if run.exists() else "Start again"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

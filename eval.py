@@ -123,7 +123,7 @@ def vote(records: list[dict], task: str) -> bool:
     """Whether the most frequent answer to one example is right; the first of those that tie. No answer is no vote."""
     keys = [record["answer"] for record in records]
     if task == "gsm8k":  # 1,234 and $1234 are the same
-        keys = [None if key is None else agrpo.single_number(agrpo.boxed(key) or key) for key in keys]
+        keys = [None if key is None else agrpo.single_number(key) for key in keys]
     votes = [key for key in keys if key is not None]
     return bool(votes) and records[keys.index(max(votes, key=votes.count))]["correct"]
 

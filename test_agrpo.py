@@ -532,7 +532,7 @@ def bias_table(seeds: int = 8) -> dict[str, Tensor]:
         plain, blocks, sure = (enumerate_trajectories(n, seed=seed) for n in ("plain", "blocks", "low confidence"))
         mass = advantage_mass(plain)
         same = (plain.rollout.completion[:, None] == plain.rollout.completion).all(2).double()  # (N, N), same text
-        one_step = agrpo.one_step_view(plain.model, plain.rollout, on_policy=True, **plain.policy)
+        one_step = agrpo.one_step_view(plain.model, plain.rollout, **plain.policy)
         one_step.prompt = plain.rollout.prompt
         for name, e, update in [
             ("AGRPO, k=1, uniform", plain, mean_update(plain, 1, "uniform", mass)),
@@ -651,7 +651,7 @@ def test_one_step_view_masks_everything_and_some_of_the_prompt():
     """diffu-GRPO: one step a row, from masks alone; a fresh prompt mask each time; its own old logp."""
     model, prompt = mask_predictor(), torch.full((500, 6), X)
     rollout = write(model, prompt, **BLOCKS)
-    view = partial(agrpo.one_step_view, model, rollout, mask_id=MASK, temperature=1.0, on_policy=False)
+    view = partial(agrpo.one_step_view, model, rollout, mask_id=MASK, temperature=1.0)
     one, two = (view(generator=seeded(n)) for n in (0, 1))
     assert not one.prompt.equal(two.prompt) and rollout.prompt.equal(prompt)
     assert one.prompt.unique().tolist() == [X, MASK] and abs((one.prompt == MASK).double().mean() - 0.15) < 0.02
@@ -849,20 +849,19 @@ def generous_main(*parts) -> None:
 def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
     """The next free name is taken; what another process holds, or holds a run, is refused; other files don't matter."""
     monkeypatch.chdir(tmp_path)
-    taken = [agrpo.Settings() for _ in range(3)]
-    locks = [agrpo.claim(args) for args in taken]
-    assert [args.output_dir for args in taken] == [f"runs/sudoku-tiny-seed0{n}" for n in ("", "-2", "-3")]
+    for name in ("", "-2", "-3"):
+        args = agrpo.parse_settings([])
+        assert args.output_dir == f"runs/sudoku-tiny-seed0{name}"
+        Path(args.output_dir).mkdir(parents=True)
     Path("mine").mkdir()
     Path("mine/sweep.yaml").write_text("seed: 0")
-    locks.append(agrpo.claim(agrpo.Settings(output_dir="mine")))
-    for where in (agrpo.Settings(output_dir="mine"), agrpo.Settings(output_dir="mine", resume="mine")):
-        with pytest.raises(agrpo.BadInput, match="another process"):
-            agrpo.claim(where)
-    for lock in locks:
-        lock.release()
+    new, again = agrpo.Settings(output_dir="mine"), agrpo.Settings(output_dir="mine", resume="mine")
+    with agrpo.claim(new), pytest.raises(agrpo.BadInput, match="is another process at work in it?"):
+        agrpo.claim(again)
     with pytest.raises(agrpo.BadInput, match="--resume mine"):
-        agrpo.claim(agrpo.Settings(output_dir="mine"))
-    agrpo.claim(agrpo.Settings(output_dir="mine", resume="mine")).release()
+        agrpo.claim(new)
+    with agrpo.claim(again):
+        pass
 
 
 def test_a_reward_that_is_not_finite_is_named(short_run, monkeypatch):
@@ -875,7 +874,8 @@ def test_special_tokens_other_than_eos_and_padding_are_text(monkeypatch):
     model, tokenizer, mask_id = agrpo.load_model("tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
     ids = tokenizer("<answer>42")["input_ids"] + [tokenizer.eos_token_id, 5]
-    made = lambda *_, **options: Rollout(None, None, torch.tensor([ids]), *[torch.zeros(1)] * 4)
+    ones = torch.ones(1)
+    made = lambda *_, **options: Rollout(*[ones] * 2, torch.tensor([ids]), *[ones] * 4)
     monkeypatch.setattr(agrpo, "sample", made)
     _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
     assert texts == ["<answer>42"]
@@ -1020,7 +1020,7 @@ def test_right_and_wrong_answers(task):
             judge({"numbers": "[2, 3, 4]", "target": "24"}, f"2 {x} 3 {x} 4") for x in words("\\times × \\cdot ·")
         )
     if task == "math":
-        with ThreadPoolExecutor(1) as other, pytest.raises(RuntimeError, match="main thread"):
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="thread"):
             other.submit(judge, example, right[0]).result()
     if task == "gsm8k":
         assert all(judge({"gold": "-1,234"}, minus + "$1234") for minus in ("-", "\u2013", "- "))
@@ -1075,7 +1075,7 @@ def test_countdown_data_of_others_and_folders_of_both_splits(tmp_path):
     for split, target in ("train", "98"), ("test", "99"):
         assert task.examples(split, settings) == [{"numbers": "44, 19, 35", "target": target}]
     (tmp_path / "test.jsonl").rename(tmp_path / "test-00000-of-00002.jsonl")
-    with pytest.raises(agrpo.BadInput, match="1 files for test"):
+    with pytest.raises(agrpo.BadInput, match="not one test.csv"):
         task.examples("test", settings)
 
 
@@ -1168,7 +1168,7 @@ def test_what_lies_in_a_folder_comes_first(tmp_path):
 
 
 CANNOT_SERVE = {  # what is said: what is changed in its config
-    "missing keys.*layers.2": {"n_layers": 3}, "unexpected keys.*(layers|blocks).1": {"n_layers": 1},
+    "missing weights.*layers.2": {"n_layers": 3}, "unexpected weights.*(layers|blocks).1": {"n_layers": 1},
     "gpt2": {"model_type": "gpt2"}, "billion.*for a CPU": {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288},
 }  # fmt: skip
 
@@ -1222,7 +1222,7 @@ def test_adapters_of_others(tmp_path):
     ours, theirs, whole = (agrpo.load_model(str(tmp_path / n))[0](IDS).logits for n in ("ours", "theirs", "adapter"))
     assert torch.equal(ours, theirs) and not torch.allclose(ours, whole)
     (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "adapter_model.bin")
-    with pytest.raises(agrpo.BadInput, match="only safetensors is read"):
+    with pytest.raises(agrpo.BadInput, match="can be read, no adapter with a .bin"):
         agrpo.load_model(str(tmp_path / "theirs"))
     peft, (base, _, _) = pytest.importorskip("peft"), agrpo.load_model(str(tmp_path / "llada"))
     model = peft.get_peft_model(
