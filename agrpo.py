@@ -65,7 +65,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import huggingface_hub as hub
 import tokenizers
 import torch
@@ -675,6 +674,9 @@ def inside_tags(text: str, tag: str) -> str | None:
 def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
     """Examples from a file (to test on), a folder of train.* and test.*, or a hub id; BadInput says what is wrong.
     columns as in `Task`: "a|b" is a or b; where a pattern has a group, that is the value."""
+    import datasets  # here, as it takes 85 MB
+
+    datasets.disable_progress_bars()
     place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
     name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
     found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
@@ -1159,7 +1161,6 @@ def start_processes(args) -> None:
     """Choose the device where none is given and, under torchrun, join the other processes; only the first prints."""
     hf.logging.set_verbosity_error()  # what goes wrong in loading is said in a sentence
     hf.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ:

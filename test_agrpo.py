@@ -33,6 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -1060,7 +1061,7 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
     files = [tmp_path / name.replace("N", str(n)) for n in range(1 + ("N" in name))]
     for file in files:
         kind, options = file.suffix[1:].removesuffix("l"), {"lines": True} if file.suffix == ".jsonl" else {}
-        getattr(agrpo.datasets.Dataset.from_list([row]), f"to_{kind}")(file, **options)
+        getattr(datasets.Dataset.from_list([row]), f"to_{kind}")(file, **options)
     (tmp_path / "testimony.csv").write_text("nothing to do with it")
     settings = agrpo.Settings(data=str(tmp_path if name.startswith("test") else files[0]))
     assert TASKS["gsm8k"].examples("test", settings) == [{"question": "q\u2028r", "gold": "5"}] * len(files)
