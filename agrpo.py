@@ -23,26 +23,30 @@ Letters, and the words for them in the code (i is a row, j a position; the paper
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
     T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per completion
-    L_i        T_i for length_norm "sequence" (GRPO's), T for "constant"          tau  temperature
+    L_i        T_i for length_norm "sequence" (as GRPO counts tokens), or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
 
-Unbiased for what? Over the draw of steps: always for the gradient of J. Over rollouts as well: for (1 - 1/G) / T times
-grad E[reward], if unmasking is random, L_i = T, beta 0, advantages not scaled, and it is the first update on these
-rollouts. A random order carries no parameters, so the likelihood that a policy gradient needs is exact:
+Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
+    over the draw of steps    for the gradient of J, always
+    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T (not the default),
+                              beta 0, advantages are not scaled, and it is the first update on these rollouts
+
+A random order carries no parameters, so the likelihood that a policy gradient needs is an exact sum:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
-(Its mean over orders is an ELBO, a lower bound on log p(o | q): the estimator is ELBO-style.) "sequence" gives rows that
-end early more weight per step, as GRPO does. Low-confidence unmasking depends on theta: the sum is an approximation.
+Averaged over orders, the sum is the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order depends
+on theta: then the sum is an approximation.
 
 Whose is what?
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
-    the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; RELEASE
-    this file's own       steps drawn by `surprise`, without replacement, stratified within each row too; rho of the
-                          first update exactly 1; every sampled token counts (the official code drops those behind the
-                          last non-EOS token, and so terms of the gradient)
-    off by default        dividing by the group's standard deviation; the KL
+    the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; its settings
+                          are RELEASE, in section 8
+    this file's own       steps drawn by `surprise` with some uniform, without replacement, stratified within each row
+                          too; rho of the first update exactly 1; no pass for rows without advantage; every sampled
+                          token counts (the official code drops those behind the last non-EOS token, and so terms of
+                          the gradient)
 """
 
 import ast
@@ -81,7 +85,7 @@ from tqdm import tqdm
 
 @dataclass
 class Rollout:
-    """B completions, each with the trajectory that led to it. logp and entropy are float64 where the model is."""
+    """B completions, each with the trajectory that led to it. A float64 model has float64 logp and entropy."""
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
@@ -90,7 +94,7 @@ class Rollout:
     logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) float32, nats, summed over the positions that each step unmasked
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, the ids that top-k and top-p left to choose from; -1 fills up to K
+    kept: Tensor | None = None  # (B, C, K) int64, the ids that top-k and top-p left to choose from, filled up with -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -100,10 +104,11 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError where padding is not on
     the left, dropout is on, or the model is of a kind that would be silently wrong (RoBERTa's positions, a causal mask).
     """
-    head = model.cls if hasattr(model, "cls") else getattr(model, "lm_head", None)  # BERT's is more than a layer
-    if not hasattr(model, "cls") and (
-        not isinstance(head, torch.nn.Linear) or getattr(model.config, "is_causal", True)
-    ):
+    if hasattr(model, "cls"):
+        head = model.cls  # like BERT's
+    elif isinstance(getattr(model, "lm_head", None), torch.nn.Linear) and not getattr(model.config, "is_causal", True):
+        head = model.lm_head  # like Llama's
+    else:
         raise ValueError(f"{type(model).__name__} is neither like BERT, nor like a Llama with config.is_causal = False")
     if model.training and any("drop" in name and p for name, p in vars(model.config).items()):
         raise ValueError("dropout is on, so that no two passes agree: call model.eval()")
@@ -124,8 +129,8 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """The ids left to choose from after top-k, then top-p (nucleus sampling, arXiv 1904.09751) among those.
 
-    logits (..., V). Returns (..., K) int64, -1 in unused places, None where nothing is cut. K = top_k; without top_k,
-    the 1,024 most probable ids stand for all, to bound the memory. At least one id is kept; mask_id never is.
+    logits (..., V). Returns (..., K) int64, -1 in unused places, None where nothing is cut. K = top_k; with
+    top_p alone it is among the 1,024 most probable ids, to bound the memory. At least one id is kept; mask_id never is.
     """
     if not top_k and top_p >= 1:
         return None
@@ -148,7 +153,7 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
         logits = without_mask(at_least_float32(logits), mask_id)
     else:
         logits = at_least_float32(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
-    return (logits / (temperature or 1.0)).log_softmax(-1)  # at 0 one id is kept: any divisor will do
+    return (logits / (temperature or 1.0)).log_softmax(-1)  # a greedy rollout's policy has one id: any divisor will do
 
 
 at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
@@ -201,9 +206,9 @@ def sample(
     for start in range(0, C, block_length):
         # Unmasking at random is going through the block in a random order.
         noise = torch.rand(len(rows), block_length, generator=generator, device=device)
-        masked = start + noise.argsort(1)  # (R, number still masked), positions of the block
+        remaining = start + noise.argsort(1)  # (R, number still masked), positions of the block
         for count in per_step:
-            evaluated = masked[:, :count] if unmasking == "random" else masked  # (R, n)
+            evaluated = remaining[:, :count] if unmasking == "random" else remaining  # (R, n)
             logits = logits_at(model, ids[rows], attention_mask[rows], P + evaluated)  # (R, n, V)
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
@@ -216,10 +221,16 @@ def sample(
             if unmasking == "low_confidence":  # most confident first; confidence is at temperature 1, untruncated
                 confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token[..., None]).squeeze(-1)
                 best = torch.arange(len(rows), device=device)[:, None], confidence.argsort(1, descending=True)
-                masked, token, token_logp, token_entropy = (x[best] for x in (masked, token, token_logp, token_entropy))
+                remaining, token, token_logp, token_entropy = (
+                    x[best] for x in (remaining, token, token_logp, token_entropy)
+                )
                 choices = None if choices is None else choices[best]
 
-            row, place, masked = rows[:, None], masked[:, :count], masked[:, count:]  # (R, 1), (R, count), the rest
+            row, place, remaining = (
+                rows[:, None],
+                remaining[:, :count],
+                remaining[:, count:],
+            )  # (R, 1), (R, count), the rest
             ids[row, P + place] = token[:, :count]
             step[row, place] = t
             logp[row, place] = token_logp[:, :count]
@@ -269,7 +280,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     if (num_steps > T).any() or (taken & (density <= 0)).any() or (density < 0).any() or not density.isfinite().all():
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
-    certain = taken & (num_steps <= k)  # (B, T), steps with inclusion 1
+    certain = taken & (num_steps <= k)  # (B, T): these get inclusion 1, the others share the rest, until none exceeds 1
     while True:
         rest = density.masked_fill(certain, 0)
         share = rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
@@ -324,11 +335,10 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
     attention_mask = torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
     logits = logits_at(model, torch.cat([prompt, state], 1), attention_mask, P + evaluated)  # (N, n, V)
 
-    kept, index = None, completion.gather(1, evaluated)[..., None]  # (N, n, 1), the token's place among the V ids
-    if rollout.kept is not None:
-        kept = rollout.kept[rows[:, None], evaluated]  # (N, n, K)
-        index = (kept == index).int().argmax(-1, keepdim=True)  # its place among the K kept ones
-    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
+    token = completion.gather(1, evaluated)[..., None]  # (N, n, 1)
+    kept = None if rollout.kept is None else rollout.kept[rows[:, None], evaluated]  # (N, n, K)
+    place = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among the V ids, or the K kept
+    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, place).squeeze(-1)  # (N, n)
     logps = logps.masked_fill(~unmasked.gather(1, evaluated), 0)
     return logps.new_zeros(unmasked.shape).scatter(1, evaluated, logps), unmasked
 
@@ -352,7 +362,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
     """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300).
 
     rewards (B,), groups side by side; returns (B,). Each reward is part of its own baseline, which scales the expected
-    gradient by exactly 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
+    gradient by 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
     towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where group_size does not divide B.
     """
     rewards = torch.as_tensor(rewards)
@@ -379,8 +389,8 @@ def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low
 def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy || reference) per token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho. Elementwise.
 
-    rho = exp(logp - old_logp) corrects for tokens drawn from the old policy, in the gradient too (DeepSeek-V3.2, arXiv
-    2512.02556). Never negative, 0 where the policies agree. The gradient leaves out that theta changes the states.
+    rho = exp(logp - old_logp) corrects for tokens drawn from the old policy, and has its gradient (DeepSeek-V3.2, arXiv
+    2512.02556). Never negative, 0 where the policies agree. That theta also changes the states is not differentiated.
     """
     d = ref_logp - logp
     return (logp - old_logp).exp() * (d.exp() - d - 1)
@@ -396,8 +406,8 @@ def policy_gradient(
 ) -> dict[str, float]:  # fmt: skip
     """Add to .grad the gradient of -J (see the top of this file), estimated from k steps of each row.
 
-    advantage (B,). on_policy: the model is still the one that sampled; rho is 1, but has its gradient. length_norm: L_i
-    is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal and generator as in
+    advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1 and has its
+    gradient. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal and generator as in
     `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in memory at once.
     Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, means over tokens evaluated.
     Raises ValueError for another length_norm, and for beta > 0 without ref_model.
@@ -408,20 +418,20 @@ def policy_gradient(
         raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
     metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
-    rows = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1)  # no advantage: no gradient, so no pass
-    if len(rows) == 0:
+    active = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1)  # (R,) no advantage: no gradient, so no pass
+    if len(active) == 0:
         return metrics
-    proposal = None if proposal is None else proposal[rows.cpu()]
-    steps, weights = draw_timesteps(rollout.num_steps[rows], k, proposal, generator)  # (R, k)
-    row, draw = weights.nonzero(as_tuple=True)  # one flat list of N (row, step) pairs
-    rows, steps, weights = rows[row], steps[row, draw], weights[row, draw]  # (N,)
+    proposal = None if proposal is None else proposal[active.cpu()]
+    steps, weights = draw_timesteps(rollout.num_steps[active], k, proposal, generator)  # (R, k)
+    which, draw = weights.nonzero(as_tuple=True)  # one flat list of N (row, step) pairs
+    rows, steps, weights = active[which], steps[which, draw], weights[which, draw]  # (N,)
     weights = (weights / (B * (rollout.num_steps[rows] if length_norm == "sequence" else T))).to(rollout.logp.dtype)
 
     seen = []
     for start in range(0, len(rows), micro_batch):
         r, t, w = (x[start : start + micro_batch] for x in (rows, steps, weights))
         A = advantage[r, None]
-        logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (N, C)
+        logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
         objective, kl = clipped_objective(logp, old_logp, A, eps_low, eps_high), torch.zeros_like(logp)
         if beta > 0:
@@ -435,7 +445,7 @@ def policy_gradient(
 
     log_ratio, A, kl = torch.cat(seen, 1)  # (tokens,) each
     ratio = log_ratio.exp()
-    clipped = (ratio < 1 - eps_low) & (A < 0) | (ratio > 1 + eps_high) & (A > 0)
+    clipped = ((ratio < 1 - eps_low) & (A < 0)) | ((ratio > 1 + eps_high) & (A > 0))
     means = {"clip_ratio": clipped.double().mean(), "approx_kl": (ratio - 1 - log_ratio).mean(), "kl": kl.mean()}
     return metrics | {name: float(mean) for name, mean in means.items()}
 
@@ -463,7 +473,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
         # Rewards and advantages.
         rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
-        for i in (~rewards.isfinite()).nonzero().flatten():
+        if not rewards.isfinite().all():
+            i = int(rewards.isfinite().int().argmin())
             raise BadInput(f"the reward of {args.task} is {rewards[i]:g} for {batch[i]!r:.200}: {texts[i]!r:.200}")
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
@@ -480,7 +491,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         for i, view in enumerate(views):
             optimizer.zero_grad()
             metrics = policy_gradient(
-                model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=args.length_norm,
+                model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal,
+                length_norm="constant" if one_step else args.length_norm,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, generator=rngs[i],
                 **policy,
             )  # fmt: skip
@@ -552,14 +564,15 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 
 @torch.no_grad()
 def one_step_view(model, rollout: Rollout, *, mask_id: int, temperature: float, micro_batch=64, generator=None):
-    """The rollout as if one step had unmasked it all, with 15% of the prompt masked: `policy_gradient` of it is that of
-    diffu-GRPO (d1, arXiv 2504.12216). It is biased, as hardly any token was sampled in such a state. Not truncated."""
+    """The rollout as if one step had unmasked it all, with 15% of the prompt masked: its `policy_gradient`, with length
+    norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
+    token was sampled in such a state. Not truncated."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
     rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
     logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
-    return replace(view, logp=torch.cat(logps))
+    return replace(view, logp=torch.cat(logps), entropy=torch.zeros_like(rollout.logp))  # T, its width, is C here
 
 
 def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
@@ -582,7 +595,7 @@ world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 
 
 def mean_over_ranks(metrics: dict) -> dict[str, float]:
-    """Also where processes wait for each other."""
+    """Every process waits for the others here."""
     values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(values)
@@ -1119,7 +1132,7 @@ class Settings:
     pretrain_steps: int = option(500, "steps of pretraining the tiny model")
 
 
-RELEASE = {  # the official release's settings for LLaDA-8B, for one GPU; measured on fewer examples than by eval.py
+RELEASE = {  # the official release's settings for LLaDA-8B (but for timestep_proposal), on one GPU
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
     "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
@@ -1143,6 +1156,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     args = Settings(**vars(parser.parse_args(argv)))
     for name, value in vars(args).items():
         if name in saved and saved[name] != value:
+            if name in ("lora_rank", "lora_alpha", "output_dir"):
+                parser.error(f"--{name} of a run cannot be changed")
             print(f"--{name} was {saved[name]}, is {value} from here on")
     folder = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     folders = [folder, *(f"{folder}-{i}" for i in range(2, 1000))]
@@ -1172,16 +1187,17 @@ def start_processes(args) -> None:
 
 def check_settings(args: Settings) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded or written."""
-    for name in (
-        "temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch", "block_length",
-    ):  # fmt: skip
+    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch")
+    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
     for steps in (args.steps, *args.eval_steps):
         tokens_per_step(args.completion_length, args.block_length, steps)
     n, batch, size = world_size(), args.rollout_batch, args.group_size
     if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
-        raise ValueError("--group_size must be at least 2, divide --rollout_batch, and that a process's completions")
+        raise ValueError(
+            "--group_size is at least 2; processes share an update by whole --rollout_batch, each of whole groups"
+        )
     if args.model == "tiny" and args.task != "sudoku":
         raise ValueError("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
@@ -1212,8 +1228,9 @@ def pretrained(model, tokenizer, mask_id: int, args: Settings):
         pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
         aside = cache.with_name(f"{cache.name}.{os.getpid()}")
         save_model(model, tokenizer, aside)
-        aside.rename(cache)
-    mean_over_ranks({})  # wait for it
+        with contextlib.suppress(OSError):  # another run was first
+            aside.rename(cache)
+    mean_over_ranks({"wait": 0})
     return load_model(str(cache), args.device)[0]
 
 

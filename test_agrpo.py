@@ -960,7 +960,7 @@ def test_other_methods_and_options_run_to_the_end(how, short_run):
 REFUSED = {
     "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
-    "--group_size 1": "--group_size must be at least 2", "--k 0": "--k must be above 0",
+    "--group_size 1": "--group_size is at least 2", "--rollout_batch 0": "must be above 0", "--k 0": "--k must be above 0",
     "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
     "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
