@@ -1095,10 +1095,10 @@ class Settings:
     device: str | None = option(None, "cuda, mps or cpu; default: the first that there is")
 
     method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo: d1's estimator, to compare with")
-    max_steps: int = option(100, "updates")
+    max_steps: int = option(150, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(4, "steps drawn per completion; a forward and backward pass each")
+    k: int = option(2, "steps drawn per completion; a forward and backward pass each")
     timestep_proposal: Literal["surprise", "entropy", "uniform"] = option("surprise", "what steps are drawn by")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
@@ -1109,7 +1109,7 @@ class Settings:
 
     completion_length: int = option(16, "tokens in a completion")
     block_length: int = option(16, "unmasked from left to right; divides completion_length")
-    steps: int = option(8, "T: sampling steps for a completion")
+    steps: int = option(4, "T: sampling steps for a completion")
     unmasking: Literal["random", "low_confidence"] = option("random", "what a step unmasks; random is exact")
     temperature: float = option(1.0, "tau: sampling temperature")
     top_k: int = option(0, "sample from so many most probable tokens; 0: from all")

@@ -1425,18 +1425,20 @@ def really_right(task: str, answer: str) -> bool:
     """Whether an answer that was judged right is: other code than the judge's."""
     if task == "sudoku":
         return solved(PUZZLE, re.sub(r"\s", "", answer))
+    box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", answer) if answer.count("\\boxed{") == 1 else None
+    text = (box[1] if box and box[1] else answer).strip().removesuffix(".")
     if task == "countdown":
-        left, *right = answer.replace("×", "*").replace("÷", "/").split("=")
+        left, *right = text.translate(str.maketrans("×·÷\u2212", "**/-")).replace("**", "").split("=")
         numbers, exact = re.findall("[0-9]+", left), re.sub("([0-9]+)", r"Fraction(\1)", " ".join(left.split()))
-        allowed = not re.search(r"[^0-9+*/()\s-]|\*\*|//", left) and sorted(numbers) == ["100", "30", "93"]
+        allowed = not re.search(r"[^0-9+*/()\s-]|//", left) and sorted(numbers) == ["100", "30", "93"]
         ends = [part.strip() for part in right] in ([], ["23"])
         return allowed and ends and eval(exact, {"Fraction": Fraction}) == 23
-    box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", answer) if answer.count("\\boxed{") == 1 else None
     if task == "math":
         return re.sub("[^0-9./-]", "", box[1]).rstrip(".") in ("42", "842", "84/2")
-    before, number = re.fullmatch("([^0-9]*)(.*)", box[1] if box else answer, re.DOTALL).groups()
+    before, number = re.fullmatch("([^0-9]*)(.*)", re.sub("m(\\^2|²)", "m", text), re.DOTALL).groups()
     minus = re.sub(r"[^\w\u2212\u2013-]", "", before)[-1:] in ("-", "\u2212", "\u2013")
-    return re.sub("[^0-9.]", "", number).rstrip(".0") == "1234" and before[-1:] != "." and not minus
+    fraction = before.endswith(".") and not before[-2:-1].isalpha()
+    return re.sub("[^0-9.]", "", number).rstrip(".0") == "1234" and not fraction and not minus
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=100000 python -m pytest -s -k slow")
