@@ -23,21 +23,21 @@ Letters, and the words for them in the code (i is a row, j a position; the paper
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
     T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per completion
-    L_i        T_i for length_norm "sequence" (as GRPO counts tokens), or T        tau  temperature
+    L_i        T_i for length_norm "sequence" (as GRPO counts tokens), or T       tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
 
 Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
     over the draw of steps    for the gradient of J, always
-    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T (not the default),
-                              beta 0, advantages are not scaled, and it is the first update on these rollouts
+    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T, beta is 0,
+                              advantages are not scaled, and it is the first update on these rollouts
 
 A random order carries no parameters, so the likelihood that a policy gradient needs is an exact sum:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
-Averaged over orders, the sum is the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order depends
-on theta: then the sum is an approximation.
+Averaged over orders, the sum is the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order
+depends on theta: then the sum is an approximation.
 
 Whose is what?
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
@@ -102,7 +102,7 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
     Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError where padding is not on
-    the left, dropout is on, or the model is of a kind that would be silently wrong (RoBERTa's positions, a causal mask).
+    the left, dropout is on, or the kind of model would be silently wrong (RoBERTa's positions, a causal mask).
     """
     if hasattr(model, "cls"):
         head = model.cls  # like BERT's
@@ -407,9 +407,10 @@ def policy_gradient(
     """Add to .grad the gradient of -J (see the top of this file), estimated from k steps of each row.
 
     advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1 and has its
-    gradient. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal and generator as in
-    `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in memory at once.
-    Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, means over tokens evaluated.
+    gradient. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal
+    and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in
+    memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, plain means
+    over the tokens evaluated.
     Raises ValueError for another length_norm, and for beta > 0 without ref_model.
     """
     if length_norm not in ("sequence", "constant"):
@@ -637,7 +638,7 @@ class BadInput(ValueError):
 @dataclass(frozen=True)
 class Task:
     """An example is a dict; question and plain are templates over it. A model is asked the question and must write
-    <reasoning>...</reasoning><answer>...</answer>; or, without a chat template, is shown plain and writes the answer."""
+    <reasoning>...</reasoning><answer>...</answer>; without a chat template it is shown plain and writes the answer."""
 
     question: str
     is_right: Callable[[dict, str], bool]  # (example, answer)
@@ -1055,7 +1056,7 @@ def tiny_model(device, dtype):
 
 
 def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed: int, steps: int, batch: int = 256):
-    """Teach a fresh model (prompt, completion) pairs with the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
+    """Teach a fresh model (prompt, completion) pairs by the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
     tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt)."""
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
     optimizer, bar = torch.optim.AdamW(model.parameters()), tqdm(range(steps), "pretraining", unit="step", disable=None)
@@ -1245,14 +1246,11 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
         print(f"\n  {f'{name} ({sampler})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
         for row, found in results.items():
             print(f"    {row:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in found[name].values()))
-    base, found, few = (
-        results["base"]["greedy"],
-        results[stage]["greedy"],
-        str(args.eval_steps[len(args.eval_steps) // 2]),
-    )
     if stage != "base":
-        enough = min((int(steps) for steps in base if base[steps] >= found[few]), default="more than that")
-        print(f"\n  Greedy, {stage} in {few} steps: {found[few]:.3f}; base needs {enough} for that")
+        base, trained = results["base"]["greedy"], results[stage]["greedy"]
+        few = list(trained)[len(trained) // 2]
+        enough = min((int(steps) for steps in base if base[steps] >= trained[few]), default="more than that")
+        print(f"\n  Greedy, {stage} in {few} steps: {trained[few]:.3f}; base needs {enough} for that")
     print(flush=True)
 
 

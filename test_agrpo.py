@@ -219,7 +219,7 @@ def write(model, prompt: Tensor, seed: int = 0, prompt_mask: Tensor | None = Non
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampler_draws_trajectories_with_their_probabilities_and_records_them(name):
-    """20,000 samples are as frequent as the enumeration says, and nothing else occurs; all that is recorded is exact."""
+    """20,000 samples are as frequent as the enumeration says, nothing else occurs, and what is recorded is exact."""
     e = enumerate_trajectories(name)
     which = {key: n for n, key in enumerate(keys(e.rollout.completion, e.rollout.step))}
     assert len(which) == len(e.probability) and abs(float(e.probability.sum()) - 1) < 1e-12
@@ -272,7 +272,7 @@ def test_sampler_keeps_its_promises(unmasking, cut):
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "dream"])
 def test_logits_at_are_those_of_the_full_forward_pass(kind):
-    """Value and gradient, padded or not, in any order; equal rows share a pass, and the head sees no other positions."""
+    """Value and gradient, padded or not, in any order; equal rows share a pass, the head sees no other positions."""
     model, tolerance = mask_predictor(kind), 1e-12 if kind == "bert" else 1e-5  # Llama's norms round to float32
     ids = (torch.arange(45).view(5, 9) ** 2 % 7 % 4)[[0, 1, 2, 3, 4, 0, 1]]
     positions, weight = torch.tensor([8, 4, 6]), torch.randn(3, len(WORDS), generator=seeded(0))
@@ -423,7 +423,7 @@ def estimates(e: SimpleNamespace, k: int, kind: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "greedy"])
 def test_estimate_is_unbiased_and_exact_once_k_covers_all_steps(name):
-    """Its mean over all timestep draws is the trajectory's log-likelihood; with k >= T each draw is. So is the gradient.
+    """Its mean over all timestep draws is the trajectory's log-likelihood; with k >= T each draw is. So its gradient.
 
     With random unmasking that is the gradient of the whole trajectory's: the order carries no parameters.
     """
@@ -666,7 +666,7 @@ def test_one_step_view_masks_everything_and_some_of_the_prompt():
 
 
 def plain_draw(stratified: bool, num_steps: Tensor, k: int, proposal: Tensor, rng: torch.Generator):
-    """Importance sampling at independent points; or at one in each of rows x k strata, dealt out at random (official)."""
+    """Importance sampling at independent points; or one in each of rows x k strata, dealt out at random (official)."""
     n = len(num_steps) * k
     stratum = torch.randperm(n, generator=rng) if stratified else torch.randint(n, (n,), generator=rng)
     points = ((stratum + torch.rand(n, generator=rng, dtype=torch.float64)) / n).view(-1, k)
@@ -960,7 +960,8 @@ def test_other_methods_and_options_run_to_the_end(how, short_run):
 REFUSED = {
     "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
-    "--group_size 1": "--group_size is at least 2", "--rollout_batch 0": "must be above 0", "--k 0": "--k must be above 0",
+    "--group_size 1": "--group_size is at least 2", "--rollout_batch 0": "must be above 0",
+    "--k 0": "--k must be above 0",
     "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
     "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
@@ -996,11 +997,14 @@ NO_SUM = "23 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/
 ANSWERS = {  # task: example, right answers, wrong answers
     "sudoku": ({"puzzle": PUZZLE}, [GRID, GRID[:4] + "\n" + GRID[4:]], [
         CHANGED, GRID + " " * 100 + "more", "4312", GRID * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣", ""]),
-    "countdown": ({"numbers": "30,100,93", "target": "23"}, ["30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)", "30+93\u2212100.", "So \\boxed{30+93-100}"], [
+    "countdown": ({"numbers": "30,100,93", "target": "23"}, [
+        "30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)", "30+93\u2212100.", "So \\boxed{30+93-100}"], [
         *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99, "30+93-100" + " " * 200]),
-    "gsm8k": ({"gold": "1,234"}, [*words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km\u00b2"], [
+    "gsm8k": ({"gold": "1,234"}, [
+        *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km\u00b2"], [
         "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
-        "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"), *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
+        "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"),
+        *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
     "math": ({"solution": "So it is $\\boxed{42}$."}, ["\\boxed{42}", "It is \\boxed{\\frac{84}{2}}"], [
         "42 \\boxed{}", "\\boxed{?} 42", "\\boxed{41}. The final answer is $42$.", "42", "\\boxed{9^{9^9}}"]),
 }  # fmt: skip
