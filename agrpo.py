@@ -466,7 +466,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     order, count = [], args.prompts_per_update
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
-    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0 or None)
+    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0 or no_bar())
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         prompts = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
@@ -524,7 +524,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         track(metrics)
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
-        if bar.disable and done % 10 == 0:  # no terminal, so a log: lines in place of a bar
+        if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
             print(f"update {done} of {args.max_steps}: {text}", flush=True)
         if args.show_every and done % args.show_every == 0:
             picture, verdict = task.picture(batch[0], texts[0]), "right" if right[0] else "wrong"
@@ -591,6 +591,7 @@ def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 checkpoints = lambda run: sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))  # oldest first
+no_bar = lambda: "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 
@@ -1059,7 +1060,10 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
     """Teach a fresh model (prompt, completion) pairs by the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
     tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt)."""
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
-    optimizer, bar = torch.optim.AdamW(model.parameters()), tqdm(range(steps), "pretraining", unit="step", disable=None)
+    optimizer, bar = (
+        torch.optim.AdamW(model.parameters()),
+        tqdm(range(steps), "pretraining", unit="step", disable=no_bar()),
+    )
     for step in bar:
         rng = seeded_generator("cpu", seed, "pretrain", step)
         rows = torch.randint(len(prompts), (batch,), generator=rng)
