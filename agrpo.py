@@ -64,10 +64,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import huggingface_hub as hub
 import tokenizers
@@ -1135,6 +1135,11 @@ class Settings:
     save_every: int = option(50, "updates between checkpoints; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
     pretrain_steps: int = option(500, "steps of pretraining the tiny model")
+
+    def __post_init__(self):
+        for f in fields(self):
+            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
+                raise ValueError(f"{f.name} is one of {get_args(f.type)}, not {getattr(self, f.name)!r}")
 
 
 RELEASE = {  # the official release's settings for LLaDA-8B (but for timestep_proposal), on one GPU

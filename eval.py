@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     agrpo.start_processes(options)
     models = {"trained": options.checkpoint} | ({"base": options.base} if options.base else {})
+    files = [Path(file) for file in (options.save, options.output, options.plot) if file and rank() == 0]
     try:
         torch.zeros(1, device=options.device)
         for steps in options.steps:
@@ -227,13 +228,17 @@ def main(argv: list[str] | None = None) -> None:
         for checkpoint in models.values():
             agrpo.find_checkpoint(checkpoint)
         test = agrpo.TASKS[options.task].examples("test", agrpo.Settings(data=options.data))[: options.examples or None]
-    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
+        for file in files:
+            file.touch(exist_ok=False)  # ours from now on, whatever else is measured at the same time
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         sys.exit(f"eval.py: {str(error).splitlines()[0]}")
     try:
         results = {name: measure(name, checkpoint, test, options) for name, checkpoint in models.items()}
         if rank() == 0:
             report(results, test, options)
     except agrpo.BadInput as error:
+        for file in [file for file in files if file.stat().st_size == 0]:
+            file.unlink()
         sys.exit(f"eval.py: {error}")
     finally:
         if dist.is_initialized():

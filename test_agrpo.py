@@ -314,6 +314,7 @@ def test_what_would_be_silently_wrong_is_refused():
         "unmasking is": partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"}),
         "length_norm is": partial(gradient, length_norm="seqence"),
         "needs ref_model": partial(gradient, beta=0.1),
+        "method is one of": partial(agrpo.Settings, method="grpo"),
         "a split is": partial(TASKS["sudoku"].examples, "validation", agrpo.Settings()),
     }.items():
         with pytest.raises(ValueError, match=said):
