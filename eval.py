@@ -80,7 +80,7 @@ def measure(name: str, checkpoint: str, examples: list, options: Options) -> dic
     task = agrpo.TASKS[options.task].for_model(tokenizer)
     curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
     passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
-    bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0)
+    bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0 or agrpo.no_bar())
     model.base_model.register_forward_hook(lambda *_: bar.update() and None)
     for steps in options.steps:
         began, runs = time.time(), []
