@@ -1281,7 +1281,7 @@ def run_training(args: Settings, held: contextlib.ExitStack) -> None:
         held.enter_context(claim(args))
     run, results, task = Path(args.output_dir), {}, task.for_model(tokenizer)
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
-    print(f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out as in both")
+    print(f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out: in both")
     if args.model == "tiny":
         model = pretrained(model, tokenizer, mask_id, args)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)

@@ -867,8 +867,7 @@ def test_special_tokens_other_than_eos_and_padding_are_text(monkeypatch):
     model, tokenizer, mask_id = agrpo.load_model("tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
     ids = tokenizer("<answer>42")["input_ids"] + [tokenizer.eos_token_id, 5]
-    ones = torch.ones(1)
-    made = lambda *_, **options: Rollout(*[ones] * 2, torch.tensor([ids]), *[ones] * 4)
+    made = lambda *_, **options: Rollout(*[torch.tensor([ids])] * 7)
     monkeypatch.setattr(agrpo, "sample", made)
     _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
     assert texts == ["<answer>42"]
