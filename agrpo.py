@@ -117,9 +117,9 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
     input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
     real, options = input_ids >= 0, {}
-    if (real[:, :-1] & ~real[:, 1:]).any():
-        raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
     if not real.all():  # count positions from the first real token, so that padding changes nothing
+        if (real[:, :-1] & ~real[:, 1:]).any():
+            raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
         options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
     hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
     positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
@@ -221,16 +221,12 @@ def sample(
             if unmasking == "low_confidence":  # most confident first; confidence is at temperature 1, untruncated
                 confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token[..., None]).squeeze(-1)
                 best = torch.arange(len(rows), device=device)[:, None], confidence.argsort(1, descending=True)
-                remaining, token, token_logp, token_entropy = (
-                    x[best] for x in (remaining, token, token_logp, token_entropy)
-                )
+                remaining, token = remaining[best], token[best]
+                token_logp, token_entropy = token_logp[best], token_entropy[best]
                 choices = None if choices is None else choices[best]
 
-            row, place, remaining = (
-                rows[:, None],
-                remaining[:, :count],
-                remaining[:, count:],
-            )  # (R, 1), (R, count), the rest
+            row, place = rows[:, None], remaining[:, :count]  # (R, 1), (R, count)
+            remaining = remaining[:, count:]
             ids[row, P + place] = token[:, :count]
             step[row, place] = t
             logp[row, place] = token_logp[:, :count]
@@ -484,7 +480,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         proposal = defensive_proposal(scores[args.timestep_proposal], rollout.num_steps)
         rngs = [seeded_generator("cpu", args.seed, update, i, rank()) for i in range(args.updates_per_rollout)]
         one_step = args.method == "diffu_grpo"
-        views = [one_step_view(model, rollout, generator=rng, **policy) if one_step else rollout for rng in rngs]
+        views = [rollout] * len(rngs)
+        if one_step:
+            views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
 
         # Updates: the first is on the policy that sampled; the others are not, which is what clipping is for.
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
@@ -498,8 +496,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                 **policy,
             )  # fmt: skip
             for p in trained:  # where nothing was to be learned there is no gradient: take part with zeros
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size()
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 if world_size() > 1:
+                    p.grad /= world_size()
                     dist.all_reduce(p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (rollout.logp.isfinite().all() and grad_norm.isfinite()):
@@ -564,16 +563,21 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 
 
 @torch.no_grad()
-def one_step_view(model, rollout: Rollout, *, mask_id: int, temperature: float, micro_batch=64, generator=None):
+def one_step_view(
+    model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy=False, micro_batch=64, generator=None
+) -> Rollout:
     """The rollout as if one step had unmasked it all, with 15% of the prompt masked: its `policy_gradient`, with length
     norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
-    token was sampled in such a state. Not truncated."""
+    token was sampled in such a state. Not truncated. Its logp is the model's as it is now; on policy none is needed."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
-    rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
-    logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
-    return replace(view, logp=torch.cat(logps), entropy=torch.zeros_like(rollout.logp))  # T, its width, is C here
+    view.entropy = torch.zeros_like(rollout.logp)  # T, its width, is C here
+    if not on_policy:
+        rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
+        logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
+        view.logp = torch.cat(logps)
+    return view
 
 
 def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
@@ -591,6 +595,7 @@ def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 checkpoints = lambda run: sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))  # oldest first
+newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # of a run
 no_bar = lambda: "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
@@ -618,9 +623,9 @@ def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> 
 def load_training_state(run: Path, optimizer) -> int:
     """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it, return the updates made so far."""
     done, state, log = 0, {}, run / "metrics.jsonl"
-    for newest in checkpoints(run)[-1:]:
-        done = int(newest.name[11:])
-        for key, tensor in load_file(newest / "optimizer.safetensors").items():
+    for folder in checkpoints(run)[-1:]:
+        done = int(folder.name[11:])
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split()
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
@@ -738,8 +743,8 @@ def sudoku_create(split: str, seed: int) -> list[dict]:
     (64 puzzles each, drawn with the seed), 48 to test on (8 each, always the same). Four in five of those to "pretrain"
     on are cut from Latin squares, whose boxes don't matter, without the 48: so the base has to learn what is wanted."""
     lines = ["".join(line) for line in itertools.permutations("1234")]
-    squares = [rows for rows in itertools.product(lines, repeat=4) if all(len({*column}) == 4 for column in zip(*rows))]
-    latin = ["".join(rows) for rows in squares]
+    halves = [a + b for a in lines for b in lines if all(x != y for x, y in zip(a, b))]
+    latin = [a + b for a in halves for b in halves if all(len({*(a + b)[i::4]}) == 4 for i in range(4))]
     grids = [square for square in latin if sudoku_credit({"puzzle": "0" * 16}, square) == 1]
     grids = random.Random("grids").sample(grids, 288)
     train, test = grids[:240], grids[240:]
@@ -964,9 +969,8 @@ PEFT = "base_model.model."  # what peft puts before the name of each weight of a
 
 def find_checkpoint(name: str, *weights: str) -> Path:
     """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
-    folder = local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights])
-    if (folder / "settings.json").is_file():  # a run
-        folder = (checkpoints(folder) or [folder])[-1]
+    files = ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights]
+    folder = newest(local_or_hub(name, "model", files))
     if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
     return folder
@@ -1060,10 +1064,8 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
     """Teach a fresh model (prompt, completion) pairs by the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
     tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt)."""
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
-    optimizer, bar = (
-        torch.optim.AdamW(model.parameters()),
-        tqdm(range(steps), "pretraining", unit="step", disable=no_bar()),
-    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    bar = tqdm(range(steps), "pretraining", unit="step", disable=no_bar())
     for step in bar:
         rng = seeded_generator("cpu", seed, "pretrain", step)
         rows = torch.randint(len(prompts), (batch,), generator=rng)
@@ -1177,7 +1179,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 def is_tiny(name: str) -> bool:
     """Whether this is the tiny model or a folder that holds one, so that its defaults apply."""
-    config = (checkpoints(Path(name)) or [Path(name)])[-1] / "config.json"
+    config = newest(Path(name)) / "config.json"
     return name == "tiny" or config.is_file() and json.loads(config.read_text()).get("model_type") == "bert"
 
 

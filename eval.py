@@ -31,9 +31,7 @@ from agrpo import Task, option, rank, world_size
 @dataclass
 class Options:
     checkpoint: str = field(default="", init=False)  # the positional argument
-    base: str | None = option(
-        None, "the model that it was trained from, to set beside it; and an adapter's base, if moved"
-    )
+    base: str | None = option(None, "the model it was trained from, to set beside it; an adapter's base, if moved")
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to measure on")
     data: str | None = option(None, "your test examples: a file, a folder of test.*, or a hub id")
     examples: int = option(0, "measure on the first so many (0: on all)")

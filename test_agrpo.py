@@ -288,7 +288,7 @@ def test_logits_at_are_those_of_the_full_forward_pass(kind):
 
 
 def test_what_cannot_work_is_refused():
-    """Steps that do not spread evenly over the blocks, proposals that never draw a step (a bias), groups that do not fit."""
+    """Steps that do not spread evenly over the blocks, proposals that never draw a step, groups that do not fit."""
     two = torch.tensor([2])
     for call in [
         *(partial(agrpo.tokens_per_step, *wrong) for wrong in [(10, 4, 4), (12, 4, 4), (12, 4, 2), (4, 2, 6)]),
@@ -987,7 +987,7 @@ ANSWERS = {  # task: example, right answers, wrong answers
         "30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)", "30+93\u2212100.", "So \\boxed{30+93-100}"], [
         *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99, "30+93-100" + " " * 200]),
     "gsm8k": ({"gold": "1,234"}, [
-        *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km\u00b2"], [
+        *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km²"], [
         "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
         "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"),
         *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
