@@ -56,7 +56,6 @@ import importlib.util
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -64,10 +63,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import huggingface_hub as hub
 import tokenizers
@@ -455,14 +454,14 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    start = load_training_state(run, optimizer)
-    track = tracker(args, start) if rank() == 0 else None
+    start, count = load_training_state(run, optimizer), args.prompts_per_update
+    track = tracker(args, start)
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
-    order, count = [], args.prompts_per_update
+    order = []
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
-    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=rank() > 0 or no_bar())
+    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=no_bar())
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         prompts = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
@@ -479,9 +478,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         scores = {"surprise": surprise(rollout), "entropy": rollout.entropy, "uniform": 0 * rollout.entropy}
         proposal = defensive_proposal(scores[args.timestep_proposal], rollout.num_steps)
         rngs = [seeded_generator("cpu", args.seed, update, i, rank()) for i in range(args.updates_per_rollout)]
-        one_step = args.method == "diffu_grpo"
-        views = [rollout] * len(rngs)
-        if one_step:
+        views, length_norm = [rollout] * len(rngs), {"agrpo": args.length_norm, "diffu_grpo": "constant"}[args.method]
+        if args.method == "diffu_grpo":
             views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
 
         # Updates: the first is on the policy that sampled; the others are not, which is what clipping is for.
@@ -490,8 +488,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         for i, view in enumerate(views):
             optimizer.zero_grad()
             metrics = policy_gradient(
-                model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal,
-                length_norm="constant" if one_step else args.length_norm,
+                model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=length_norm,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, generator=rngs[i],
                 **policy,
             )  # fmt: skip
@@ -502,9 +499,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                     dist.all_reduce(p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (rollout.logp.isfinite().all() and grad_norm.isfinite()):
-                raise FloatingPointError(
-                    f"update {update + 1} is not finite; lower --learning_rate, --beta or --updates_per_rollout"
-                )
+                raise FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
             optimizer.step()
 
         # Metrics.
@@ -526,8 +521,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
             print(f"update {done} of {args.max_steps}: {text}", flush=True)
         if args.show_every and done % args.show_every == 0:
-            picture, verdict = task.picture(batch[0], texts[0]), "right" if right[0] else "wrong"
-            bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{picture}\n")
+            verdict = "right" if right[0] else "wrong"
+            bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done % args.save_every == 0 or done == args.max_steps:
             save_training_state(run, done, model, tokenizer, optimizer)
 
@@ -582,23 +577,23 @@ def one_step_view(
 
 def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
     """What takes an update's metrics where --report_to says; a resumed run goes on where its checkpoint was made."""
-    if args.report_to == "none":
-        return lambda metrics: None
-    if args.report_to == "wandb":
+    if rank() == 0 and args.report_to == "wandb":
         wandb, name = importlib.import_module("wandb"), Path(args.output_dir).name
         run = wandb.init(project="agrpo", name=name, id=name, resume="allow", config=asdict(args))
         return lambda metrics: run.log(metrics, step=metrics["update"])
-    board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=start + 1)
-    return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
+    if rank() == 0 and args.report_to == "tensorboard":
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=start + 1)
+        return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
+    return lambda metrics: None
 
 
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 checkpoints = lambda run: sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # of a run
-no_bar = lambda: "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
+no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
 
 
 def mean_over_ranks(metrics: dict) -> dict[str, float]:
@@ -643,8 +638,8 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """An example is a dict; question and plain are templates over it. A model is asked the question and must write
-    <reasoning>...</reasoning><answer>...</answer>; without a chat template it is shown plain and writes the answer."""
+    """An example is a dict; question and plain are templates over it. A model with a chat template is asked the
+    question; one without is shown plain, if there is one, and writes the answer alone."""
 
     question: str
     is_right: Callable[[dict, str], bool]  # (example, answer)
@@ -653,36 +648,30 @@ class Task:
     create: Callable[[str, int], list[dict]] | None = None  # (split, seed) -> examples, where there is no --data
     plain: str | None = None
     credit: Callable[[dict, str], float] = lambda example, answer: 0.0  # partial credit, from 0 to 1
-    picture: Callable[[dict, str], str] = lambda example, answer: answer
+    picture: Callable[[dict, str], str] = lambda example, completion: completion
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
         """Examples of split "train" or "test": from --data, made here (what --data lacks too), or from the hub."""
-        if split not in ("train", "test"):
-            raise ValueError(f"a split is 'train' or 'test', not {split!r}")
         if self.create and not (args.data and (split == "test" or any(Path(args.data).glob("train*")))):
             return self.create(split, args.seed)
         return read_rows(args.data or self.hub[split], split, self.columns)
 
-    def for_model(self, tokenizer) -> "Task":
-        return replace(self, plain=None, picture=Task.picture) if tokenizer.chat_template else self
-
     def prompt(self, example: dict, tokenizer) -> str:
-        text = (self.plain or self.question).format(**example)
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return text
-
-    def answer(self, completion: str) -> str | None:
-        return completion.strip() if self.plain else inside_tags(completion, "answer")
+        if not tokenizer.chat_template:
+            return (self.plain or self.question).format(**example)
+        chat = [{"role": "user", "content": self.question.format(**example)}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
-        """(reward, whether the answer is right). The reward is the official release's: 3 for a right answer, partial
-        credit, 0.5 for each pair of tags; where all of the completion is the answer, 1 and partial credit."""
-        answer = self.answer(completion) or ""
-        right, credit = self.is_right(example, answer), self.credit(example, answer)
-        tags = sum(inside_tags(completion, tag) is not None for tag in ("reasoning", "answer"))
-        return right + credit if self.plain else 3 * right + credit + 0.5 * tags, right
+        """(reward, whether the answer is right): 3 for a right answer, partial credit, 0.5 for each pair of tags."""
+        answer, tags = answer_in(completion), [inside_tags(completion, tag) for tag in ("reasoning", "answer")]
+        right = self.is_right(example, answer)
+        return 3 * right + self.credit(example, answer) + 0.5 * sum(text is not None for text in tags), right
+
+
+def answer_in(completion: str) -> str:
+    """What stands in <answer>...</answer>; all of the completion if it has no such tag; nothing if it has others."""
+    return inside_tags(completion, "answer") or ("" if re.search("</?answer>", completion) else completion.strip())
 
 
 def inside_tags(text: str, tag: str) -> str | None:
@@ -692,25 +681,26 @@ def inside_tags(text: str, tag: str) -> str | None:
 
 
 def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
-    """Examples from a file (to test on), a folder of train.* and test.*, or a hub id; BadInput says what is wrong.
-    columns as in `Task`: "a|b" is a or b; where a pattern has a group, that is the value."""
+    """Examples from a file (to test on), a folder of train.* and test.* or of their shards, or a hub id.
+    columns as in `Task`: "a|b" is a or b; where a pattern has a group, that is the value. BadInput names file and row.
+    """
     import datasets  # here, as it takes 85 MB
 
-    datasets.disable_progress_bars()
     place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
     name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
     found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
     files = sorted(str(file) for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name))
-    shards = re.search(r"-of-(\d+)\.\w+$", files[0]) if files else None
+    shards = re.search(r"-of-(\d+)\.", files[0]) if files else None
     if len(files) != (int(shards[1]) if shards else 1):
         raise BadInput(f"--data {source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
-    where, kind = f"--data {files[0]}", Path(files[0]).suffix[1:].removesuffix("l")
-    text = {"converters": {name: str for column, _ in columns.values() for name in column.split("|")}}  # keeps "01"
+    text = {name: str for column, _ in columns.values() for name in column.split("|")}  # keeps the zeros of "01"
+    kind = files[0].rpartition(".")[2].removesuffix("l")
     try:
-        table = datasets.load_dataset(kind, data_files=files, split="train", **text if kind == "csv" else {})
+        options = {"converters": text} if kind == "csv" else {}
+        table = datasets.load_dataset(kind, data_files=files, split="train", **options)
     except Exception as error:  # noqa: BLE001 - each format has errors of its own
         reason = str(error.__cause__ or error).split("\n")[0]
-        raise BadInput(f"{where}: not readable, or no rows: {reason}") from None
+        raise BadInput(f"--data {files[0]}: not readable, or no rows: {reason}") from None
     rows = []
     for number, row in enumerate(table.to_list(), start=1):
         rows.append({})
@@ -718,7 +708,7 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
             value = next((row[name] for name in column.split("|") if row.get(name)), "")
             match = re.fullmatch(pattern, str(value).strip(), re.DOTALL)
             if not match:
-                raise BadInput(f"{where}, row {number}: no {column} that looks like {pattern} in {row!r:.100}")
+                raise BadInput(f"--data {files[0]}, row {number}: no {column} like {pattern} in {row!r:.100}")
             rows[-1][key] = match[match.lastindex or 0]
     return rows
 
@@ -733,9 +723,10 @@ def sudoku_credit(example: dict, answer: str) -> float:
     return sum(set(unit) == set("1234") for unit in rows + columns + boxes) / 12
 
 
-def sudoku_picture(example: dict, answer: str) -> str:
-    puzzle, cells = example["puzzle"].replace("0", "."), answer.ljust(16)
-    return "\n".join(f"    {' '.join(puzzle[i : i + 4])}   {' '.join(cells[i : i + 4])}" for i in (0, 4, 8, 12))
+def sudoku_picture(example: dict, completion: str) -> str:
+    puzzle, grid = (" ".join(cells) for cells in (example["puzzle"].replace("0", "."), completion))
+    lines = [f"    {puzzle[i : i + 7]}   {grid[i : i + 7]}" for i in (0, 8, 16, 24)]
+    return "\n".join(lines) if len(completion) == 16 else completion
 
 
 def sudoku_create(split: str, seed: int) -> list[dict]:
@@ -759,48 +750,39 @@ def sudoku_create(split: str, seed: int) -> list[dict]:
 def countdown_create(split: str, seed: int) -> list[dict]:
     """Three numbers and the value of an expression of them: 4,096 to train on, drawn with the seed, 256 to test on."""
     rng, problems = random.Random(f"{seed} countdown" if split == "train" else "countdown test"), []
-    while len(problems) < (4096 if split == "train" else 256):
+    while len(problems) < {"train": 4096, "test": 256}[split]:
         a, b, c = (rng.randint(1, 99) for _ in range(3))
         first, second = rng.choice("+-*/"), rng.choice("+-*/")
         target = arithmetic(rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"]))
         if target in range(1, 1000):
-            problems.append({"numbers": ",".join(map(str, rng.sample([a, b, c], 3))), "target": str(target)})
+            problems.append({"numbers": ",".join(map(str, sorted([a, b, c]))), "target": str(target)})
     return problems
 
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether it is an expression of the target from exactly the given numbers; "= target" may follow it."""
     expression, equals, target = plainly(answer).partition("=")
-    if len(answer) > 200 or equals and target.strip() != example["target"]:
-        return False
     given, used = (sorted(re.findall("[0-9]+", text)) for text in (example["numbers"], expression))
-    return used == given and arithmetic(expression) == int(example["target"])
-
-
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    said = not equals or target.strip() == example["target"]
+    return said and used == given and arithmetic(expression) == int(example["target"])
 
 
 def arithmetic(expression: str) -> Fraction | None:
     """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
+    operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
+    operations[ast.Div] = Fraction.__truediv__
 
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
-        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        return operations[type(node.op)](value(node.left), value(node.right))
 
-    expression = " ".join(expression.split())
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+    if not re.fullmatch(r"[0-9+\-*/()\s]{1,100}", expression):
         return None
     try:
-        return value(ast.parse(expression, mode="eval").body)
+        return value(ast.parse(" ".join(expression.split()), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, KeyError, AttributeError):  # the last two: 2 ** 3, 2(3), -2
         return None
-
-
-def gsm8k_right(example: dict, answer: str) -> bool:
-    """Whether the answer names one number, and it is the gold one: 1,234 and $1234.00 and 1234 apples are the same."""
-    number = single_number(answer)
-    return number is not None and number == single_number(example["gold"])
 
 
 def boxed(text: str) -> str | None:
@@ -813,6 +795,11 @@ def boxed(text: str) -> str | None:
     return None
 
 
+SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐‑‒–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
+NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
+ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
+
+
 def plainly(answer: str) -> str:
     """The answer out of its box, with one sign each for times, divided by, minus and comma, no bold, no full stop."""
     text = boxed(answer) or answer
@@ -821,29 +808,23 @@ def plainly(answer: str) -> str:
     return text.strip().removesuffix(".")
 
 
-SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐‑‒–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
-NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
-ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
-
-
 def single_number(text: str) -> Fraction | None:
-    """The only number in a text, or None: for several, for one with an operator or function, for over 100 characters.
-    The power of a unit (m^2) is no number, and words are not read: 72 thousand is 72."""
+    """The only number in a text: 1,234 and $1234.00 and 1234 apples are the same. None for several, for one with an
+    operator or function, for over 100 characters. The power of a unit (m^2) is no number; 72 thousand is 72."""
     text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))
     found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
     if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
         return None
-    minus, digits = found[0]
-    return Fraction(digits.replace(",", "")) * (-1 if minus else 1)
+    return Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
 
 
 def math_right(example: dict, answer: str) -> bool:
     r"""Whether math-verify finds what is in \boxed{} equal to the solution's; the text around it is not looked at."""
     from math_verify import parse, verify
 
-    inside = boxed(answer) or "" if len(answer) <= 500 else ""
+    inside = f"\\boxed{{{(boxed(answer) or '')[:500]}}}"
     # A second for each: 9^{9^9} must not hold up a group. What cannot be parsed is equal to nothing.
-    gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], f"\\boxed{{{inside}}}"))
+    gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], inside))
     return verify(gold, found, timeout_seconds=1)
 
 
@@ -852,7 +833,7 @@ BOXED = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as
 TASKS = {
     "sudoku": Task(
         "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
-        "is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341223414123</answer>.",
+        "is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>.",
         lambda example, answer: sudoku_credit(example, answer) == 1,
         {"puzzle": ("Puzzle", "[0-4]{16}"), "solution": ("Solution", "[1-4]{16}")},
         create=sudoku_create, plain="{puzzle}", credit=sudoku_credit, picture=sudoku_picture,
@@ -865,7 +846,8 @@ TASKS = {
         create=countdown_create,
     ),
     "gsm8k": Task(  # arXiv 2110.14168
-        BOXED, gsm8k_right, {"question": ("question", ".+"), "gold": ("answer", r".*####\s*(-?\$?[0-9.,]*[0-9])")},
+        BOXED, lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
+        {"question": ("question", ".+"), "gold": ("answer", r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")},
         {"train": "openai/gsm8k", "test": "openai/gsm8k"},
     ),
     "math": Task(  # arXiv 2103.03874
@@ -878,71 +860,49 @@ TASKS = {
 # ===== 7. Models ======================================================================================================
 
 
-def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, base: str | None = None):
+def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
 
     name_or_path: "tiny" (not trained yet), a LLaDA or Dream checkpoint (hub id or folder), or what this file saved: a
-    run, a checkpoint, a LoRA adapter (peft's too); base stands in for an adapter's base that is gone. LLaDA is a Llama
-    and Dream a Qwen2, both without the causal mask, so transformers' own classes hold them and no remote code runs.
+    run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama and Dream a Qwen2, both
+    without the causal mask, so transformers' own classes hold them and no remote code runs.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder = find_checkpoint(name_or_path)
+    name = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
     if (folder / "adapter_config.json").exists():
-        return load_adapter(folder, device, dtype, base)
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model, tokenizer, mask_id = load_model(base, device, dtype)
+        load_lora(merge_lora(model), folder)
+        model.name_or_path = name
+        return model, tokenizer, mask_id
     raw = json.loads((folder / "config.json").read_text())
     kind = raw.get("model_type")
     if kind not in MODELS:
-        raise BadInput(f"{name_or_path} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
+        raise BadInput(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
     model_class, tokenizer_class, extra = MODELS[kind]
-    own = {name: name for name in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
-    names = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
-    given = {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
-    config = model_class.config_class(**given | extra)
+    own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
+    keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
+    config = model_class.config_class(**{ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw} | extra)
     with torch.device("meta"):
         billions = model_class(config).num_parameters() / 1e9
     if torch.device(device).type == "cpu" and billions > 2:
-        raise BadInput(f"{name_or_path}: {billions:.1f} billion parameters are too many for a CPU; use a GPU")
+        raise BadInput(f"{name}: {billions:.1f} billion parameters are too many for a CPU; use a GPU")
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None or tokenizer.eos_token_id is None:
-        raise BadInput(f"{name_or_path}: no mask_token_id in config.json, or no eos_token in the tokenizer")
+        raise BadInput(f"{name}: no mask_token_id in config.json, or no eos_token in the tokenizer")
     model, found = model_class.from_pretrained(
         find_checkpoint(name_or_path, "*.safetensors"), config=config, dtype=dtype, use_safetensors=True,
         key_mapping=LLADA_WEIGHTS if kind == "llada" else None, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
     for problem in ("missing", "unexpected", "mismatched"):
         if weights := sorted(map(str, found[f"{problem}_keys"])):
-            raise BadInput(f"{name_or_path}: {problem} weights: {weights[:5]}")
-    model.raw_config = raw
-    model.name_or_path = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path  # for an adapter's base
+            raise BadInput(f"{name}: {problem} weights: {weights[:5]}")
+    model.raw_config, model.name_or_path = raw, name
     return model.to(device).eval(), tokenizer, mask_id
-
-
-def load_adapter(folder: Path, device, dtype: torch.dtype, base: str | None):
-    """A LoRA adapter on the base that it names or, if that cannot be had, on the one given."""
-    adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
-    other = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if adapter.get(name)]
-    if other or not file.exists():
-        raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read, no adapter with {other or 'a .bin'}")
-    name = adapter["base_model_name_or_path"]
-    try:
-        model, tokenizer, mask_id = load_model(name, device, dtype)
-    except BadInput:
-        if base in (None, name):
-            raise
-        print(f"{folder}: {name} is not to be had, {base} takes its place")
-        model, tokenizer, mask_id = load_model(base, device, dtype)
-    weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
-    for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
-        weights = {re.sub(theirs, ours, name): tensor for name, tensor in weights.items()}
-    add_lora(merge_lora(model), adapter["r"], adapter["lora_alpha"], {name.split(".lora_")[0] for name in weights})
-    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items() if "lora_" in name}
-    if shapes(model.state_dict()) != shapes(weights):
-        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
-    model.load_state_dict(weights, strict=False)
-    return model, tokenizer, mask_id
 
 
 MODELS = {  # model_type: classes of transformers, and what the config needs besides
@@ -969,8 +929,7 @@ PEFT = "base_model.model."  # what peft puts before the name of each weight of a
 
 def find_checkpoint(name: str, *weights: str) -> Path:
     """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
-    files = ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights]
-    folder = newest(local_or_hub(name, "model", files))
+    folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights]))
     if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
     return folder
@@ -980,17 +939,11 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
-    offline = None
-    try:  # one short question: behind a firewall that never answers, a download waits for minutes
-        hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
-    except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
-        offline = error
     try:
-        options = {"allow_patterns": files, "local_files_only": offline is not None}
-        return Path(hub.snapshot_download(name, repo_type=kind, **options))
-    except Exception as error:  # noqa: BLE001
-        reason = f"{type(offline or error).__name__}: {offline or error}".splitlines()[0]
-        advice = f"give {'--model' if kind == 'model' else '--data'} FOLDER, or run plain `python agrpo.py`"
+        return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
+    except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
+        reason, option = str(error).splitlines()[0], "--model" if kind == "model" else "--data"
+        advice = f"give {option} FOLDER, or run plain `python agrpo.py`"
         raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
 
 
@@ -1017,6 +970,21 @@ def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None
         wanted = name in names if names else name.startswith(model.base_model_prefix + ".")
         if wanted and isinstance(layer, torch.nn.Linear):
             model.set_submodule(name, LoRALinear(layer, r, alpha))
+
+
+def load_lora(model, folder: Path) -> None:
+    """Put a saved adapter's LoRA on its base."""
+    adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
+    if not file.exists() or any(adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern")):
+        raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read")
+    weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
+    for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
+        weights = {re.sub(theirs, ours, name): tensor for name, tensor in weights.items()}
+    add_lora(model, adapter["r"], adapter["lora_alpha"], {name.split(".lora_")[0] for name in weights})
+    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items() if "lora_" in name}
+    if shapes(model.state_dict()) != shapes(weights):
+        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
+    model.load_state_dict(weights, strict=False)
 
 
 def merge_lora(model):
@@ -1065,8 +1033,7 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
     tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt)."""
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
     optimizer = torch.optim.AdamW(model.parameters())
-    bar = tqdm(range(steps), "pretraining", unit="step", disable=no_bar())
-    for step in bar:
+    for step in tqdm(range(steps), "pretraining", unit="step", disable=no_bar()):
         rng = seeded_generator("cpu", seed, "pretrain", step)
         rows = torch.randint(len(prompts), (batch,), generator=rng)
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng))[:, None] / batch).clamp(min=1e-3)  # (B, 1)
@@ -1074,14 +1041,12 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
         ids = torch.cat([prompts[rows], completions[rows].masked_fill(masked, mask_id)], 1).to(model.device)
         logits = model(ids).logits[:, prompts.shape[1] :].cpu()  # (B, C, V)
         losses = cross_entropy(logits.transpose(1, 2), completions[rows], reduction="none")  # (B, C)
-        loss = (losses * masked / t).sum(1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        (losses * masked / t).sum(1).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         fraction = (step + 1) / steps  # linear warm-up over a tenth of the steps, then linear to 0
         optimizer.param_groups[0]["lr"] = 2e-3 * min(fraction / 0.1, (1 - fraction) / 0.9 + 1e-3)
         optimizer.step()
-        bar.set_postfix_str(f"-ELBO {loss.item():.2f} nats")
 
 
 # ===== 8. Command line ================================================================================================
@@ -1138,11 +1103,6 @@ class Settings:
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
     pretrain_steps: int = option(500, "steps of pretraining the tiny model")
 
-    def __post_init__(self):
-        for f in fields(self):
-            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
-                raise ValueError(f"{f.name} is one of {get_args(f.type)}, not {getattr(self, f.name)!r}")
-
 
 RELEASE = {  # the official release's settings for LLaDA-8B (but for timestep_proposal), on one GPU
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
@@ -1162,18 +1122,19 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if not file.is_file():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
-        parser.set_defaults(**{name: value for name, value in saved.items() if hasattr(first, name)})
+        parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
-    for name, value in vars(args).items():
-        if name in saved and saved[name] != value:
-            if name in ("lora_rank", "lora_alpha", "output_dir"):
-                parser.error(f"--{name} of a run cannot be changed")
-            print(f"--{name} was {saved[name]}, is {value} from here on")
-    folder = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
-    folders = [folder, *(f"{folder}-{i}" for i in range(2, 1000))]
-    args.output_dir = args.output_dir or next(folder for folder in folders if not Path(folder).exists())
+    for name in [name for name, value in saved.items() if value != getattr(args, name)]:
+        if name in ("lora_rank", "lora_alpha", "output_dir"):
+            parser.error(f"--{name} of a run cannot be changed")
+        print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
+    name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
+    names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
+    args.output_dir = args.output_dir or next(name for name in names if not Path(name).exists())
+    if (Path(args.output_dir) / "settings.json").exists() and not args.resume:
+        parser.error(f"{args.output_dir} has a run; give another --output_dir, or go on: --resume {args.output_dir}")
     return args
 
 
@@ -1208,7 +1169,7 @@ def check_settings(args: Settings) -> None:
     n, batch, size = world_size(), args.rollout_batch, args.group_size
     if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
         raise ValueError(
-            "--group_size is at least 2; processes share an update by whole --rollout_batch, each of whole groups"
+            "--group_size is at least 2; processes share an update by whole --rollout_batch, of whole groups"
         )
     if args.model == "tiny" and args.task != "sudoku":
         raise ValueError("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
@@ -1217,33 +1178,15 @@ def check_settings(args: Settings) -> None:
     torch.zeros(1, device=args.device)
 
 
-def claim(args: Settings):
-    """Take the run's folder for this run alone: a lock that ends with the process, and settings.json."""
-    settings, aside = (Path(args.output_dir) / name for name in ("settings.json", "settings.part"))
-    if settings.exists() and not args.resume:
-        raise BadInput(f"{args.output_dir} has a run; give another --output_dir, or go on: --resume {args.output_dir}")
-    try:
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(settings.with_name("run.lock"), timeout=0).acquire()
-    except OSError as error:  # held by another process, or no such folder possible
-        raise BadInput(f"--output_dir {args.output_dir}: is another process at work in it? {error}") from None
+def claim(args: Settings) -> FileLock:
+    """Write settings.json to the run's folder, and keep other processes out of it until the lock is released."""
+    run = Path(args.output_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    lock, aside = FileLock(run / "run.lock", timeout=0), run / "settings.part"
+    lock.acquire()  # OSError if another process is at work here
     aside.write_text(json.dumps(asdict(args), indent=1))
-    aside.replace(settings)  # all of it or nothing, whenever the process is killed
+    aside.replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
     return lock
-
-
-def pretrained(model, tokenizer, mask_id: int, args: Settings):
-    """The tiny model after pretraining, which is done once for all runs with the same seed."""
-    cache = Path(args.output_dir).parent / f"pretrained-{args.task}-seed{args.seed}-{args.pretrain_steps}steps"
-    if rank() == 0 and not cache.exists():
-        pairs = [(example["puzzle"], example["solution"]) for example in sudoku_create("pretrain", args.seed)]
-        pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
-        aside = cache.with_name(f"{cache.name}.{os.getpid()}")
-        save_model(model, tokenizer, aside)
-        with contextlib.suppress(OSError):  # another run was first
-            aside.rename(cache)
-    mean_over_ranks({"wait": 0})
-    return load_model(str(cache), args.device)[0]
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
@@ -1267,45 +1210,48 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
 
 def run_training(args: Settings, held: contextlib.ExitStack) -> None:
     """Load, measure, train, measure. held: what is given back in the end, the run's folder."""
-    began, task = time.time(), TASKS[args.task]
+    began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
     examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
-    problem = lambda example: str(sorted(re.findall(r"\w+", (task.plain or task.question).format(**example))))
-    tested, many = set(map(problem, test)), len(examples)
-    examples = [example for example in examples if problem(example) not in tested]
+    tested, many = {task.question.format(**example) for example in test}, len(examples)
+    examples = [example for example in examples if task.question.format(**example) not in tested]
     if not examples:
         raise BadInput(f"all {many} training examples are test examples too")
-    torch.manual_seed(args.seed)  # the tiny model begins at random
+    torch.manual_seed(args.seed)  # for the weights that begin at random
     half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
-    name = str(find_checkpoint(args.model).resolve()) if Path(args.model).exists() else args.model
-    merge_lora(model).name_or_path = name  # if it is an adapter, a new one goes on top of it
+    merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
         held.enter_context(claim(args))
-    run, results, task = Path(args.output_dir), {}, task.for_model(tokenizer)
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
     print(f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out: in both")
     if args.model == "tiny":
-        model = pretrained(model, tokenizer, mask_id, args)
+        if rank() == 0 and not (run / "base").exists():
+            pairs = [example.values() for example in sudoku_create("pretrain", args.seed)]
+            pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
+            save_model(model, tokenizer, run / "base.part")
+            (run / "base.part").rename(run / "base")
+        mean_over_ranks({"wait": 0})
+        model, _, _ = load_model(str(run / "base"), args.device)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)
 
     ref_model = None
     if args.beta > 0:  # the model before training; with LoRA its weights stay, so deepcopy is told to share them (memo)
         memo = {id(p): p for p in model.parameters()} if args.lora_rank else {}
         ref_model = copy.deepcopy(model, memo).requires_grad_(False)
-    if checkpoints(run):
-        base, dtype, model = model.name_or_path, model.dtype, None  # there may not be room for two
-        model, tokenizer, mask_id = load_model(str(run), args.device, dtype, base)
+    saved = checkpoints(run)
+    if args.lora_rank and saved:
+        load_lora(model, saved[-1])
     elif args.lora_rank:
-        torch.manual_seed(args.seed)
         add_lora(model, args.lora_rank, args.lora_alpha)
+    elif saved:
+        model = None  # there may not be room for two
+        model, _, _ = load_model(str(saved[-1]), args.device)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
-    stage = "AGRPO" if args.method == "agrpo" else "diffu-GRPO"
-    measure(results, stage, model, tokenizer, mask_id, task, test, args)
+    measure(results, "AGRPO" if args.method == "agrpo" else "diffu-GRPO", model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
-        results = {"examples": len(test), "eval_steps": args.eval_steps} | results
-        (run / "results.json").write_text(json.dumps(results, indent=1))
+        (run / "results.json").write_text(json.dumps({"examples": len(test)} | results, indent=1))
         log = run / "metrics.jsonl"
         if all(json.loads(line)["frac_reward_zero_std"] == 1 for line in log.read_text().splitlines()):
             print("Nothing was learned: the rewards of a group were always equal. Look at the completions above.")
@@ -1322,16 +1268,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with contextlib.ExitStack() as held:
             run_training(args, held)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"agrpo.py: {error}")
     except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         what = str(error) or "stopped"
         if isinstance(error, torch.OutOfMemoryError):
-            less = "lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
-            what = f"out of memory on {args.device}; {less}"
-        run = Path(args.output_dir)
-        last = f"the last checkpoint is {checkpoints(run)[-1]}" if checkpoints(run) else "there is no checkpoint yet"
-        sys.exit(f"agrpo.py: {what}; {last}. " + (f"Go on with --resume {run}" if run.exists() else "Start again"))
+            what = "out of memory; lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
+        sys.exit(
+            f"agrpo.py: {what}; from its last checkpoint, if it has one, it goes on with --resume {args.output_dir}"
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -31,7 +31,7 @@ from agrpo import Task, option, rank, world_size
 @dataclass
 class Options:
     checkpoint: str = field(default="", init=False)  # the positional argument
-    base: str | None = option(None, "the model it was trained from, to set beside it; an adapter's base, if moved")
+    base: str | None = option(None, "the model it was trained from, to set beside it")
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to measure on")
     data: str | None = option(None, "your test examples: a file, a folder of test.*, or a hub id")
     examples: int = option(0, "measure on the first so many (0: on all)")
@@ -60,7 +60,7 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
     for row, (number, example, text) in enumerate(zip(numbers, mine, texts)):
         tokens, step = rollout.completion[row].tolist(), rollout.step[row].tolist()
         record = {"example": number, "prompt": task.prompt(example, tokenizer), "completion": text}
-        record |= {"answer": task.answer(text), "correct": task.grade(example, text)[1]}
+        record |= {"answer": agrpo.answer_in(text), "correct": task.grade(example, text)[1]}
         record |= {"length": [*tokens, eos_id].index(eos_id), "passes": max(step) + 1}
         records.append(record | {"tokens": tokens, "step": step})
     if world_size() > 1:
@@ -72,10 +72,9 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
 
 def measure(name: str, checkpoint: str, examples: list, options: Options) -> dict:
     """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
-    base = options.base if name == "trained" else None
     dtype = torch.bfloat16 if options.device == "cuda" and not agrpo.is_tiny(checkpoint) else torch.float32
-    model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype, base)
-    task = agrpo.TASKS[options.task].for_model(tokenizer)
+    model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
+    task = agrpo.TASKS[options.task]
     curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
     passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
     bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0 or agrpo.no_bar())
@@ -119,9 +118,9 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def vote(records: list[dict], task: str) -> bool:
     """Whether the most frequent answer to one example is right; the first of those that tie. No answer is no vote."""
-    keys = [record["answer"] for record in records]
+    keys = [record["answer"] or None for record in records]
     if task == "gsm8k":  # 1,234 and $1234 are the same
-        keys = [None if key is None else agrpo.single_number(key) for key in keys]
+        keys = [agrpo.single_number(key or "") for key in keys]
     votes = [key for key in keys if key is not None]
     return bool(votes) and records[keys.index(max(votes, key=votes.count))]["correct"]
 
@@ -131,12 +130,11 @@ def show(task: Task, tokenizer, example: dict, record: dict, terminal: bool) -> 
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     texts = ["" if token in ends else tokenizer.decode([token]) for token in record["tokens"]]
     texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) or "·" for text in texts]
-    picture = task.picture if task.plain else lambda _, answer: answer
     print(f"\nExample {record['example'] + 1}: {record['prompt']}")
     # Each position is drawn as a character of private use, then replaced: nothing long or coloured shifts a picture.
     marks = [chr(0xF0000 + i) for i, when in enumerate(record["step"]) if when >= 0]
     for t in range(record["passes"]):
-        drawing = picture(example, "".join(marks))
+        drawing = task.picture(example, "".join(marks))
         for mark, text, when in zip(marks, texts, record["step"]):
             seen = "░" if when > t else f"\033[1;7m{text}\033[0m" if when == t and terminal else text
             drawing = drawing.replace(mark, seen)
@@ -203,7 +201,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     same = options.temperature == 0 and options.unmasking == "low_confidence"
     wrong = {
         "--samples and --seeds need a --temperature above 0": same and options.samples * len(options.seeds) > 1,
-        "tiny has no weights yet: give a run or a pretrained-* folder": "tiny" in (options.checkpoint, options.base),
+        "tiny has no weights yet: give the folder of a run": "tiny" in (options.checkpoint, options.base),
         f"tiny models know no {options.task}": options.task != "sudoku" and agrpo.is_tiny(options.checkpoint),
         "--save, --output or --plot: the file is there already": any(file.exists() for file in files),
         "--save, --output or --plot: no such folder": not all(file.parent.is_dir() for file in files),

@@ -314,10 +314,9 @@ def test_what_would_be_silently_wrong_is_refused():
         "unmasking is": partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"}),
         "length_norm is": partial(gradient, length_norm="seqence"),
         "needs ref_model": partial(gradient, beta=0.1),
-        "method is one of": partial(agrpo.Settings, method="grpo"),
-        "a split is": partial(TASKS["sudoku"].examples, "validation", agrpo.Settings()),
+        "validation": partial(TASKS["sudoku"].examples, "validation", agrpo.Settings()),
     }.items():
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((ValueError, KeyError), match=said):
             wrong()
     with pytest.raises(ValueError, match="dropout is on"):
         write(model.train(), prompt, prompt_mask=left, **PLAIN)
@@ -819,7 +818,7 @@ def test_a_run_pretrains_measures_trains_and_saves(short_run):
     for stage, sampler in itertools.product(("base", "AGRPO"), ("as trained", "greedy")):
         assert results[stage][sampler].keys() == {"4"} and 0 <= results[stage][sampler]["4"] <= 1
     assert [path.name for path in agrpo.checkpoints(short_run)] == ["checkpoint-2", "checkpoint-4"]
-    printed, pretrained = (short_run.parent / "printed.txt").read_text(), next(short_run.parent.glob("pretrained-*"))
+    printed, pretrained = (short_run.parent / "printed.txt").read_text(), short_run / "base"
     assert re.search(
         r"greedy.* 4\n +base +0\.\d{3}\n +AGRPO +0\.\d{3}\n\n  Greedy, AGRPO in 4 steps: 0\.\d{3}", printed
     )
@@ -848,13 +847,11 @@ def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
         Path(args.output_dir).mkdir(parents=True)
     Path("mine").mkdir()
     Path("mine/sweep.yaml").write_text("seed: 0")
-    new, again = agrpo.Settings(output_dir="mine"), agrpo.Settings(output_dir="mine", resume="mine")
-    with agrpo.claim(new), pytest.raises(agrpo.BadInput, match="is another process at work in it?"):
-        agrpo.claim(again)
-    with pytest.raises(agrpo.BadInput, match="--resume mine"):
-        agrpo.claim(new)
-    with agrpo.claim(again):
-        pass
+    args = agrpo.parse_settings(words("--output_dir mine"))
+    with agrpo.claim(args), pytest.raises(OSError, match="run.lock.* could not be acquired"):
+        agrpo.claim(args)
+    assert "--resume mine" in refusal("--output_dir mine")
+    agrpo.claim(agrpo.parse_settings(words("--resume mine"))).release()
 
 
 def test_a_reward_that_is_not_finite_is_named(short_run, monkeypatch):
@@ -912,16 +909,16 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
         return step_logps(*args, **options)
 
     monkeypatch.setattr(agrpo, "step_logps", stopping)
-    how = f"the last checkpoint is {folder}/checkpoint-2. Go on with --resume {folder}"
+    how = f"goes on with --resume {folder}"
     said = refusal(SHORT, folder)  # in its fourth update
-    assert "out of memory on cpu" in said and how in said and "--micro_batch" in said
+    assert "out of memory" in said and how in said and "--micro_batch" in said
     assert how in refusal("--resume", folder)
     printed = run("--resume", folder, "--micro_batch 2")
     assert "--micro_batch was 256, is 2 from here on\n" in printed and printed.count(" was ") == 1
     for ours, theirs in zip(figures(folder), figures(short_run), strict=True):
         assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), 1e-3, 1e-5)
     said = refusal("--resume", folder, "--max_steps 8 --save_every 4 --learning_rate 1e30")
-    assert "update 6 is not finite" in said and f"{folder}/checkpoint-4" in said and "--learning_rate" in said
+    assert "update 6 is not finite" in said and how in said and "--learning_rate" in said
     printed = run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
     assert "--learning_rate was 1e+30, is 0.0001 from here on" in printed and "--max_steps was 8, is 6" in printed
     assert [line["update"] for line in figures(folder)] == [1, 2, 3, 4, 5, 6]
@@ -970,7 +967,7 @@ def test_mistakes_are_one_sentence_before_anything_starts(wrong, short_run, tmp_
     monkeypatch.setattr(agrpo.importlib.util, "find_spec", lambda _: None)  # as if wandb were not installed
     monkeypatch.setattr(agrpo, "pretrain", None)
     Path("old").write_text("precious")
-    script, base = curve if wrong.startswith("eval") else agrpo, str(next(short_run.parent.glob("pretrained-*")))
+    script, base = curve if wrong.startswith("eval") else agrpo, f"{short_run}/base"
     assert REFUSED[wrong] in refusal(wrong.removeprefix("eval").replace("B ", base + " "), main=script.main)
     assert [(path.name, path.read_text()) for path in Path().iterdir()] == [("old", "precious")]
 
@@ -985,7 +982,7 @@ ANSWERS = {  # task: example, right answers, wrong answers
         CHANGED, GRID + " " * 100 + "more", "4312", GRID * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣", ""]),
     "countdown": ({"numbers": "30,100,93", "target": "23"}, [
         "30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)", "30+93\u2212100.", "So \\boxed{30+93-100}"], [
-        *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99, "30+93-100" + " " * 200]),
+        *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99]),
     "gsm8k": ({"gold": "1,234"}, [
         *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km²"], [
         "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
@@ -1025,14 +1022,20 @@ def test_right_and_wrong_answers(task):
 def test_rewards_count_tags_once_and_only_a_right_answer_scores_full_marks():
     """3 for the answer, 0.5 for each pair of tags; a pair written twice, or the wrong way round, is none."""
     right, example = "<reasoning>r</reasoning><answer>(1 + 2) * 3</answer>", {"numbers": "1,2,3", "target": "9"}
-    graded = {right: 4, right.replace("* 3", "* 4"): 1, "<answer>(1 + 2) * 3</answer>": 3.5, "(1 + 2) * 3": 0}
+    graded = {
+        right: 4,
+        right.replace("* 3", "* 4"): 1,
+        "<answer>(1 + 2) * 3</answer>": 3.5,
+        "(1 + 2) * 3": 3,
+        "(1 + 2) * 3</answer>": 0,
+    }
     graded |= {right + "<answer>9</answer>": 0.5, "</answer>(1 + 2) * 3<answer>": 0, "<answer>" * 99 + right[22:]: 0}
     for completion, reward in graded.items():
-        assert TASKS["countdown"].grade(example, completion) == (reward, reward > 3), completion
-    plain, example = TASKS["sudoku"], {"puzzle": PUZZLE}
-    assert replace(plain, plain=None).grade(example, f"<answer>{GRID}</answer>") == (3 + 1 + 0.5, True)
-    assert plain.grade(example, GRID) == (2, True) and plain.grade(example, CHANGED) == (0, False)
-    assert 0 < plain.grade(example, GRID.replace("1243", "1143"))[0] < 1  # its share of rows, columns and boxes
+        assert TASKS["countdown"].grade(example, completion) == (reward, reward >= 3), completion
+    sudoku, example = TASKS["sudoku"], {"puzzle": PUZZLE}
+    assert sudoku.grade(example, f"<answer>{GRID}</answer>") == (3 + 1 + 0.5, True)
+    assert sudoku.grade(example, GRID) == (4, True) and sudoku.grade(example, CHANGED) == (0, False)
+    assert 0 < sudoku.grade(example, GRID.replace("1243", "1143"))[0] < 1  # its share of rows, columns and boxes
 
 
 def test_sudoku_and_countdown_make_examples():
@@ -1081,7 +1084,7 @@ def test_countdown_data_of_others_and_folders_of_both_splits(tmp_path):
 
 ROW = '{"question": "q", "answer": "#### 5"}\n'
 BAD_DATA = {
-    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question that looks like .+ in {'Question': 1"),
+    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like .+ in {'Question': 1"),
     "empty value": ("a.csv", "question,answer\nq,#### 5\nq,\n", "row 2: no answer"),
     "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "not readable"),
     "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"), "no table": ("a.json", "[" * 1000, "not readable"),
@@ -1222,7 +1225,7 @@ def test_adapters_of_others(tmp_path):
     ours, theirs, whole = (agrpo.load_model(str(tmp_path / n))[0](IDS).logits for n in ("ours", "theirs", "adapter"))
     assert torch.equal(ours, theirs) and not torch.allclose(ours, whole)
     (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "adapter_model.bin")
-    with pytest.raises(agrpo.BadInput, match="can be read, no adapter with a .bin"):
+    with pytest.raises(agrpo.BadInput, match="only plain LoRA in adapter_model.safetensors"):
         agrpo.load_model(str(tmp_path / "theirs"))
     peft, (base, _, _) = pytest.importorskip("peft"), agrpo.load_model(str(tmp_path / "llada"))
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -1250,9 +1253,6 @@ def test_lora_is_saved_loaded_merged_measured_and_read_by_peft(tmp_path):
     printed = run(folder, more, "--completion_length 12 --block_length 6 --steps 4 2", main=curve.main)
     written = Counter((row["steps"], row["example"], row["completion"]) for row in rows_of(tmp_path / "all"))
     assert "step 4 of 4" in printed and [*written.values()] == [2] * 4
-    (tmp_path / "llada").rename(tmp_path / "moved")
-    assert torch.equal(agrpo.load_model(str(folder), base=str(tmp_path / "moved"))[0](IDS).logits, logits)
-    (tmp_path / "moved").rename(tmp_path / "llada")
     for change in {"r": 8}, {"use_rslora": True}:
         other = shutil.copytree(folder, tmp_path / f"{change}")
         config = json.loads((folder / "adapter_config.json").read_text()) | change
@@ -1287,11 +1287,10 @@ def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkey
 
 def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypatch):
     """No network, nothing cached: no retries, no traceback."""
-    monkeypatch.setattr(agrpo.hub.HfApi, "repo_info", mock.Mock(side_effect=ConnectionError("no route")))
-    monkeypatch.setattr(agrpo.hub, "snapshot_download", partial(agrpo.hub.snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr(agrpo.hub, "snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
     for task, option in ("gsm8k", "--data"), ("countdown", "--model"):
         said = refusal(f"--task {task} --device cpu --output_dir {tmp_path}/run")
-        assert all(words in said for words in ("(ConnectionError: no route)", f"{option} FOLDER", "python agrpo.py"))
+        assert all(words in said for words in ("(no route)", f"{option} FOLDER", "python agrpo.py"))
 
 
 # ===== 8. eval.py and the README ======================================================================================
@@ -1336,8 +1335,8 @@ def test_eval_gives_the_figures_of_training_and_counts_what_it_saved(how, half_k
             assert figure["accuracy"] == training[stage]["as trained" if how else "greedy"][str(steps)]
             continue
         groups = [[r for r in mine if (r["seed"], r["example"]) == key] for key in itertools.product((0, 1), range(24))]
-        votes = [Counter((r["completion"], r["correct"]) for r in group).most_common(1)[0][0] for group in groups]
-        assert figure["majority@3"] == mean([correct for _, correct in votes])
+        votes = [Counter((r["answer"], r["correct"]) for r in group if r["answer"]).most_common(1) for group in groups]
+        assert figure["majority@3"] == mean([bool(vote) and vote[0][0][1] for vote in votes])
         assert figure["pass@3"] == mean([any(r["correct"] for r in group) for group in groups])
         assert figure["by seed"] == [mean([r["correct"] for r in mine if r["seed"] == seed]) for seed in (0, 1)]
     grids = re.findall(r"step \d of 4\n((?:.+\n){4})", printed)
