@@ -50,7 +50,6 @@ Whose is what?
 """
 
 import ast
-import contextlib
 import copy
 import importlib.util
 import itertools
@@ -73,7 +72,6 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers as hf
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -260,8 +258,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
         | 0 |   1    |     2      |       3      |
 
     Points at x and 1 + x, x uniform on [0, 1), hit each step as often as its length says, none twice (systematic
-    sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8. Each
-    of the B rows has its x in a different one of B equal strata of [0, 1); each x by itself is still uniform.
+    sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8.
     An inclusion is at most 1; what it would have beyond that goes to the row's other steps. So a row of at most k steps
     gets each of them once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
     Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that its row has taken.
@@ -284,9 +281,8 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
             break
         certain |= inclusion > 1
 
-    stratum = torch.randperm(B, generator=generator)[:, None]  # (B, 1)
-    x = (stratum + torch.rand(B, 1, generator=generator, dtype=torch.float64)) / B
-    steps = torch.searchsorted(inclusion.cumsum(1), torch.arange(k) + x, right=True)  # (B, k)
+    points = torch.arange(k) + torch.rand(B, 1, generator=generator, dtype=torch.float64)  # (B, k)
+    steps = torch.searchsorted(inclusion.cumsum(1), points, right=True)  # (B, k)
     steps = steps.clamp(max=(num_steps - 1).clamp(min=0))
     weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
@@ -303,14 +299,14 @@ def surprise(rollout: Rollout) -> Tensor:
 
 
 def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 0.1) -> Tensor:
-    """The normalized score, mixed with some uniform: no weight exceeds T_i / (k uniform_share).
+    """The score, mixed with some uniform, so that no step is drawn so seldom that its weight is huge.
 
-    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64 on the CPU.
+    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64 on the CPU, which
+    adds up to 1 over all steps that were taken.
     """
-    score, length = score.cpu().double(), num_steps.cpu().clamp(min=1)[:, None]
-    uniform = (torch.arange(score.shape[1]) < length) / length  # (B, T)
-    total = score.sum(1, keepdim=True)
-    return torch.where(total > 0, (1 - uniform_share) * score / total + uniform_share * uniform, uniform)
+    score, taken = score.cpu().double(), torch.arange(score.shape[1]) < num_steps.cpu()[:, None]  # (B, T)
+    uniform = taken.double() / taken.sum()
+    return torch.lerp(score / score.sum(), uniform, uniform_share) if score.any() else uniform
 
 
 def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float):
@@ -399,13 +395,15 @@ def policy_gradient(
     proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
     beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Add to .grad the gradient of -J (see the top of this file), estimated from k steps of each row.
+    """Add to .grad the gradient of -J (see the top of this file), estimated from k steps a row, with advantage or KL.
 
-    advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1 and has its
-    gradient. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal
-    and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in
-    memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, plain means
-    over the tokens evaluated.
+    All their (row, step) pairs are drawn from as if they were the steps of one long row, in proportion to proposal
+    (B, T) (positive, of any scale; None = uniform) times |A_i| + beta: a group with one right completion in G has one
+    large advantage and G - 1 small ones. advantage (B,). on_policy: the model is still the one that sampled; rho =
+    exp(logp - logp.detach()) is 1 and has its gradient. length_norm: L_i is T_i ("sequence") or T ("constant").
+    ref_model: the reference, for beta > 0. temperature as in sampling, generator as in `draw_timesteps`. At most
+    micro_batch pairs are in memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old
+    policy) and kl, plain means over the tokens evaluated.
     Raises ValueError for another length_norm, and for beta > 0 without ref_model.
     """
     if length_norm not in ("sequence", "constant"):
@@ -414,18 +412,23 @@ def policy_gradient(
         raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
     metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
-    active = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1)  # (R,) no advantage: no gradient, so no pass
+    active = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1).cpu()  # (R,) no advantage: no gradient, so no pass
     if len(active) == 0:
         return metrics
-    proposal = None if proposal is None else proposal[active.cpu()]
-    steps, weights = draw_timesteps(rollout.num_steps[active], k, proposal, generator)  # (R, k)
-    which, draw = weights.nonzero(as_tuple=True)  # one flat list of N (row, step) pairs
-    rows, steps, weights = active[which], steps[which, draw], weights[which, draw]  # (N,)
-    weights = (weights / (B * (rollout.num_steps[rows] if length_norm == "sequence" else T))).to(rollout.logp.dtype)
+    num_steps = rollout.num_steps.cpu()[active]
+    which, steps = (torch.arange(T) < num_steps[:, None]).nonzero(as_tuple=True)  # (M,) each: all pairs
+    # Each row's first step is a random one: else equal rows, at equal distances, would all draw the same steps.
+    steps = (steps + torch.randint(T, num_steps.shape, generator=generator)[which]) % num_steps[which]
+    rows = active[which]
+    share = (advantage.abs() + beta).cpu()[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
+    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), share[None], generator)  # (1, k R)
+    drawn, weights = drawn[weights > 0], weights[weights > 0]  # (N,)
+    weights = weights / (B * (num_steps[which[drawn]] if length_norm == "sequence" else T))
+    rows, steps = rows[drawn], steps[drawn]
 
     seen = []
     for start in range(0, len(rows), micro_batch):
-        r, t, w = (x[start : start + micro_batch] for x in (rows, steps, weights))
+        r, t, w = (x[start : start + micro_batch].to(advantage.device) for x in (rows, steps, weights))
         A = advantage[r, None]
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
@@ -434,7 +437,7 @@ def policy_gradient(
             with torch.no_grad():
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             kl = kl_penalty(logp, old_logp, ref_logp)
-        loss = -(w[:, None] * (objective - beta * kl) * unmasked).sum()
+        loss = -(w[:, None].to(logp) * (objective - beta * kl) * unmasked).sum()
         loss.backward()
         metrics["loss"] += loss.item()
         seen.append(torch.stack([logp - old_logp, A.expand_as(logp), kl])[:, unmasked].detach())
@@ -786,13 +789,9 @@ def arithmetic(expression: str) -> Fraction | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the only \boxed{...} of a text holds, braces matched; None where there is none, or more than one."""
-    parts, depth = text.split("\\boxed{"), 1
-    for i, character in enumerate(parts[1] if len(parts) == 2 else ""):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return parts[1][:i]
-    return None
+    r"""What the only \boxed{...} of a text holds, with up to two braces inside one another."""
+    found = re.findall(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text)
+    return found[0] if len(found) == 1 else None
 
 
 SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐‑‒–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
@@ -1121,7 +1120,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         file = Path(first.resume) / "settings.json"
         if not file.is_file():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
-        saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
+        saved = json.loads(file.read_text() or "{}") | {"resume": first.resume, "output_dir": first.resume}
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**RELEASE)
@@ -1159,34 +1158,24 @@ def start_processes(args) -> None:
 
 
 def check_settings(args: Settings) -> None:
-    """Raise ValueError for settings that cannot work, before anything is loaded or written."""
+    """Raise BadInput for settings that cannot work, before anything is loaded or written."""
     positive = ("temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch")
     for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
         if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
-    for steps in (args.steps, *args.eval_steps):
-        tokens_per_step(args.completion_length, args.block_length, steps)
+            raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")
+    try:
+        for steps in (args.steps, *args.eval_steps):
+            tokens_per_step(args.completion_length, args.block_length, steps)
+        torch.zeros(1, device=args.device)
+    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
+        raise BadInput(str(error)) from None
     n, batch, size = world_size(), args.rollout_batch, args.group_size
     if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
-        raise ValueError(
-            "--group_size is at least 2; processes share an update by whole --rollout_batch, of whole groups"
-        )
+        raise BadInput("--group_size is at least 2; processes share an update by whole --rollout_batch of whole groups")
     if args.model == "tiny" and args.task != "sudoku":
-        raise ValueError("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
+        raise BadInput("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        raise ValueError(f"--report_to {args.report_to} needs pip install {args.report_to}")
-    torch.zeros(1, device=args.device)
-
-
-def claim(args: Settings) -> FileLock:
-    """Write settings.json to the run's folder, and keep other processes out of it until the lock is released."""
-    run = Path(args.output_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    lock, aside = FileLock(run / "run.lock", timeout=0), run / "settings.part"
-    lock.acquire()  # OSError if another process is at work here
-    aside.write_text(json.dumps(asdict(args), indent=1))
-    aside.replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
-    return lock
+        raise BadInput(f"--report_to {args.report_to} needs pip install {args.report_to}")
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
@@ -1208,8 +1197,8 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
     print(flush=True)
 
 
-def run_training(args: Settings, held: contextlib.ExitStack) -> None:
-    """Load, measure, train, measure. held: what is given back in the end, the run's folder."""
+def run_training(args: Settings) -> None:
+    """Load, measure, train, measure."""
     began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
     examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
     tested, many = {task.question.format(**example) for example in test}, len(examples)
@@ -1221,7 +1210,10 @@ def run_training(args: Settings, held: contextlib.ExitStack) -> None:
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
-        held.enter_context(claim(args))
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "settings.json").touch(exist_ok=bool(args.resume))  # ours from here on, whoever else was about to start
+        (run / "settings.part").write_text(json.dumps(asdict(args), indent=1))
+        (run / "settings.part").replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
     print(f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out: in both")
     if args.model == "tiny":
@@ -1263,20 +1255,13 @@ def main(argv: list[str] | None = None) -> None:
     start_processes(args)
     try:
         check_settings(args)
-    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
-        sys.exit(f"agrpo.py: {str(error).splitlines()[0]}")
-    try:
-        with contextlib.ExitStack() as held:
-            run_training(args, held)
-    except (BadInput, OSError) as error:
-        sys.exit(f"agrpo.py: {error}")
-    except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        what = str(error) or "stopped"
+        run_training(args)
+    except (BadInput, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        what = (str(error) or "stopped").splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
-            what = "out of memory; lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
-        sys.exit(
-            f"agrpo.py: {what}; from its last checkpoint, if it has one, it goes on with --resume {args.output_dir}"
-        )
+            what = "out of memory: lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
+        go_on = f"; to go on: --resume {args.output_dir}" if checkpoints(Path(args.output_dir)) else ""
+        sys.exit(f"agrpo.py: {what}{go_on}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
