@@ -22,7 +22,7 @@ Letters, and the words for them in the code (i is a row, j a position; the paper
     q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
-    T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per completion
+    T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per row, on average
     L_i        T_i for length_norm "sequence" (as GRPO counts tokens), or T       tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
@@ -43,10 +43,9 @@ Whose is what?
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
     the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; its settings
                           are RELEASE, in section 8
-    this file's own       steps drawn by `surprise` with some uniform, without replacement, stratified within each row
-                          too; rho of the first update exactly 1; no pass for rows without advantage; every sampled
-                          token counts (the official code drops those behind the last non-EOS token, and so terms of
-                          the gradient)
+    this file's own       steps drawn from all rows of a batch as if they were one, without replacement, more where
+                          |A_i| and `surprise` are large; rho of the first update exactly 1; every sampled token counts
+                          (the official code drops those behind the last non-EOS token, and so terms of the gradient)
 """
 
 import ast
@@ -174,7 +173,7 @@ def tokens_per_step(completion_length: int, block_length: int, steps: int) -> li
 @torch.no_grad()
 def sample(
     model, prompt: Tensor, prompt_mask: Tensor, *, completion_length: int, block_length: int, steps: int,
-    temperature: float, unmasking: str, mask_id: int, eos_id: int | None, top_k: int = 0, top_p: float = 1.0,
+    temperature: float, unmasking: str, mask_id: int, eos_id: int | list[int] | None, top_k: int = 0, top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
     """Generate one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
@@ -184,7 +183,8 @@ def sample(
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi + const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others are masked again.
     temperature 0 is greedy. A row has ended when its whole block is EOS: it leaves the batch and takes no further steps
-    (with eos_id None, never). mask_id is never sampled. Raises ValueError for settings that do not fit together.
+    (with eos_id None, never). Of several EOS tokens any will do; the last fills up what has ended. mask_id is never
+    sampled. Raises ValueError for settings that do not fit together.
     """
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
@@ -192,6 +192,7 @@ def sample(
     if temperature == 0:
         temperature, top_k = 1.0, 1  # greedy is a choice from one
     B, C, device, prompt_mask = len(prompt), completion_length, prompt.device, prompt_mask.bool()
+    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=device).view(-1)
     P = int(prompt_mask.sum(1).max())  # the longest prompt; all left of it is padding
     ids = torch.cat([prompt[:, prompt.shape[1] - P :], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
     attention_mask = torch.cat([prompt_mask[:, prompt.shape[1] - P :], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
@@ -233,11 +234,10 @@ def sample(
                 kept[row, place] = choices[:, :count]
             t += 1
         num_steps[rows] = t
-        if eos_id is not None:
-            rows = rows[(ids[rows, P + start : P + start + block_length] != eos_id).any(1)]
-            if len(rows) == 0:
-                break
-    completion = ids[:, P:] if eos_id is None else ids[:, P:].masked_fill(step < 0, eos_id)
+        rows = rows[~torch.isin(ids[rows, P + start : P + start + block_length], ends).all(1)]
+        if len(rows) == 0:
+            break
+    completion = torch.where(step < 0, ends[-1], ids[:, P:]) if len(ends) else ids[:, P:]
     return Rollout(prompt, prompt_mask, completion, step, logp, entropy, num_steps, kept)
 
 
@@ -457,7 +457,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    start, count = load_training_state(run, optimizer), args.prompts_per_update
+    (start, history), count = load_training_state(run, optimizer), args.prompts_per_update
     track = tracker(args, start)
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
@@ -470,6 +470,10 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         prompts = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
         batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, (args.seed, "rollout", update))
 
+        diverged = FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
+        if not rollout.logp.isfinite().all():
+            raise diverged
+
         # Rewards and advantages.
         rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
         if not rewards.isfinite().all():
@@ -478,8 +482,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
         # Timesteps: drawn more often where more can be learned.
-        scores = {"surprise": surprise(rollout), "entropy": rollout.entropy, "uniform": 0 * rollout.entropy}
-        proposal = defensive_proposal(scores[args.timestep_proposal], rollout.num_steps)
+        proposal = defensive_proposal(surprise(rollout), rollout.num_steps)
         rngs = [seeded_generator("cpu", args.seed, update, i, rank()) for i in range(args.updates_per_rollout)]
         views, length_norm = [rollout] * len(rngs), {"agrpo": args.length_norm, "diffu_grpo": "constant"}[args.method]
         if args.method == "diffu_grpo":
@@ -501,8 +504,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                     p.grad /= world_size()
                     dist.all_reduce(p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            if not (rollout.logp.isfinite().all() and grad_norm.isfinite()):
-                raise FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
+            if not grad_norm.isfinite():
+                raise diverged
             optimizer.step()
 
         # Metrics.
@@ -519,6 +522,16 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         track(metrics)
+        if metrics.get("eval_accuracy", 0) > max((row.get("eval_accuracy", 0) for row in history), default=0):
+            save_model(model, tokenizer, run / "best.part")
+            shutil.rmtree(run / "best", ignore_errors=True)
+            (run / "best.part").rename(run / "best")
+        history.append(metrics)
+        if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
+            bar.write(
+                "Nothing to learn from: all rewards of a group are equal. Look at the completions; small models "
+                "hardly write tags, so try --answer_format boxed"
+            )
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
@@ -528,15 +541,18 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done % args.save_every == 0 or done == args.max_steps:
             save_training_state(run, done, model, tokenizer, optimizer)
+    if rank() == 0:
+        draw_curves(history, run / "curves.png" if args.plot else None)
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
     Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. They end
-    before their first EOS; what was sampled after it is trained on, not rewarded. changes override args."""
+    before their first EOS or padding (models differ in which fills what is left); what was sampled after it is trained
+    on, not rewarded. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    eos_id, size = tokenizer.eos_token_id, args.rollout_batch
-    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": eos_id} | changes
+    ends, size = [tokenizer.eos_token_id, tokenizer.pad_token_id], args.rollout_batch
+    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
     prompts, mine, texts, rollouts = [task.prompt(example, tokenizer) for example in examples], [], [], []
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     longest, most = encoded["input_ids"].shape[1] + args.completion_length, model.config.max_position_embeddings
@@ -545,8 +561,8 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
     ids, mask = (encoded[name].to(model.device).split(size) for name in ("input_ids", "attention_mask"))
     for n in range(rank(), len(ids), world_size()):
         rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
-        rows = [row[: [*row, eos_id].index(eos_id)] for row in rollouts[-1].completion.tolist()]
-        texts += tokenizer.batch_decode([[token for token in row if token != tokenizer.pad_token_id] for row in rows])
+        rows = rollouts[-1].completion.tolist()
+        texts += [tokenizer.decode([*itertools.takewhile(lambda token: token not in ends, row)]) for row in rows]
         mine += examples[n * size : (n + 1) * size]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
     return mine, texts, Rollout(*parts) if parts else None  # None if this process has no share
@@ -618,8 +634,9 @@ def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> 
         shutil.rmtree(old)
 
 
-def load_training_state(run: Path, optimizer) -> int:
-    """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it, return the updates made so far."""
+def load_training_state(run: Path, optimizer) -> tuple[int, list[dict]]:
+    """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it; return the updates made so far and
+    their metrics."""
     done, state, log = 0, {}, run / "metrics.jsonl"
     for folder in checkpoints(run)[-1:]:
         done = int(folder.name[11:])
@@ -627,9 +644,32 @@ def load_training_state(run: Path, optimizer) -> int:
             i, name = key.split()
             state.setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    lines = log.read_bytes().splitlines(keepends=True)[:done] if log.exists() else []
     if rank() == 0 and log.exists():
-        os.truncate(log, sum(map(len, log.read_bytes().splitlines(keepends=True)[:done])))
-    return done
+        os.truncate(log, sum(map(len, lines)))
+    return done, [*map(json.loads, lines)]
+
+
+def draw_curves(history: list[dict], png: Path | None = None, width: int = 64, height: int = 8) -> None:
+    """Print reward (r) and accuracy (a) against updates, each from 0 to its highest; draw them into a file, if given."""
+    width = min(width, len(history))
+    parts = [history[x * len(history) // width : (x + 1) * len(history) // width] for x in range(width)]
+    lines, legend = [[" "] * width for _ in range(height)], f"  updates 1 to {len(history)}"
+    for name in ("reward", "accuracy"):
+        means = [sum(row[name] for row in part) / len(part) for part in parts]
+        for x, mean in enumerate(means):
+            lines[round((1 - mean / max(*means, 1e-9)) * (height - 1))][x] = name[0]
+        legend += f"; {name[0]}: {name}, 0 to {max(means):.2f}"
+    print("", *("  |" + "".join(line) for line in lines), legend, sep="\n", flush=True)
+    if png:
+        from matplotlib.figure import Figure  # not pyplot, which would look for a display
+
+        axes = Figure().subplots()
+        for name in ("reward", "accuracy"):
+            axes.plot([row["update"] for row in history], [row[name] for row in history], label=name)
+        axes.set_xlabel("updates")
+        axes.legend()
+        axes.figure.savefig(png)
 
 
 # ===== 6. Tasks: examples, prompts, rewards ===========================================================================
@@ -662,14 +702,23 @@ class Task:
     def prompt(self, example: dict, tokenizer) -> str:
         if not tokenizer.chat_template:
             return (self.plain or self.question).format(**example)
-        chat = [{"role": "user", "content": self.question.format(**example)}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        chat, options = (
+            [{"role": "user", "content": self.question.format(**example)}],
+            {"enable_thinking": False},
+        )  # Qwen3
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
         """(reward, whether the answer is right): 3 for a right answer, partial credit, 0.5 for each pair of tags."""
         answer, tags = answer_in(completion), [inside_tags(completion, tag) for tag in ("reasoning", "answer")]
         right = self.is_right(example, answer)
         return 3 * right + self.credit(example, answer) + 0.5 * sum(text is not None for text in tags), right
+
+
+def task_of(args) -> Task:
+    """The task of a run's or eval.py's settings, asked in the format that they name."""
+    task = TASKS[args.task]
+    return replace(task, question=BOXED) if args.answer_format == "boxed" and task.question == TAGS else task
 
 
 def answer_in(completion: str) -> str:
@@ -689,6 +738,7 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
     """
     import datasets  # here, as it takes 85 MB
 
+    datasets.disable_progress_bars()
     place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
     name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
     found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
@@ -828,7 +878,8 @@ def math_right(example: dict, answer: str) -> bool:
 
 
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
-BOXED = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
+TAGS = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
+BOXED = "{question}\n\nReason step by step, and put the final answer within \\boxed{{}}."  # --answer_format boxed
 TASKS = {
     "sudoku": Task(
         "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
@@ -845,12 +896,12 @@ TASKS = {
         create=countdown_create,
     ),
     "gsm8k": Task(  # arXiv 2110.14168
-        BOXED, lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
+        TAGS, lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
         {"question": ("question", ".+"), "gold": ("answer", r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")},
         {"train": "openai/gsm8k", "test": "openai/gsm8k"},
     ),
     "math": Task(  # arXiv 2103.03874
-        BOXED, math_right, {"question": ("problem", ".+"), "solution": ("solution", r".*\\boxed.*")},
+        TAGS, math_right, {"question": ("problem", ".+"), "solution": ("solution", r".*\\boxed.*")},
         {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"},
     ),
 }  # fmt: skip
@@ -879,7 +930,12 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     raw = json.loads((folder / "config.json").read_text())
     kind = raw.get("model_type")
     if kind not in MODELS:
-        raise BadInput(f"{name} is a {kind!r} model; this file knows LLaDA, Dream and its own tiny one")
+        raise BadInput(f"{name} is a {kind!r} model; this file knows {', '.join(MODELS)}")
+    windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
+    if windows or re.search("bd3lm|tide|opdlm", name.lower()):
+        raise BadInput(
+            f"{name}: its attention is causal between blocks, or in a window; here all tokens see each other"
+        )
     model_class, tokenizer_class, extra = MODELS[kind]
     own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
     keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
@@ -908,6 +964,9 @@ MODELS = {  # model_type: classes of transformers, and what the config needs bes
     "bert": (hf.BertForMaskedLM, hf.AutoTokenizer, {}),
     "Dream": (hf.Qwen2ForCausalLM, hf.Qwen2Tokenizer, {"is_causal": False, "use_cache": False, "logits_shift": 1}),
     "llada": (hf.LlamaForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
+    "a2d-llama": (hf.LlamaForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
+    "a2d-qwen2": (hf.Qwen2ForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
+    "a2d-qwen3": (hf.Qwen3ForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
 }
 LLADA_CONFIG = {  # Llama's name: LLaDA's
     "hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
@@ -1058,7 +1117,10 @@ class Settings:
     """Every setting there is. The defaults are the tiny model's; RELEASE holds those that differ for an 8B model."""
 
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
-    model: str = option("tiny", "tiny (pretrained on the spot), a folder, or a hub id of LLaDA or Dream")
+    model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
+    answer_format: Literal["tags", "boxed"] = option(
+        "tags", "boxed: gsm8k and math do not ask for tags, only for a box"
+    )
     data: str | None = option(None, "your data: a file to test on, a folder of train.* and test.*, or a hub id")
     output_dir: str | None = option(None, "the run's folder; default: a new one in runs/")
     resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
@@ -1069,8 +1131,7 @@ class Settings:
     max_steps: int = option(150, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(2, "steps drawn per completion; a forward and backward pass each")
-    timestep_proposal: Literal["surprise", "entropy", "uniform"] = option("surprise", "what steps are drawn by")
+    k: int = option(2, "steps drawn per completion, on average; a forward and backward pass each")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
     updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts")
@@ -1100,14 +1161,20 @@ class Settings:
     show_every: int = option(50, "updates between completions printed; 0: none")
     save_every: int = option(50, "updates between checkpoints; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
+    plot: bool = option(False, "draw reward and accuracy into curves.png too (needs matplotlib)")
     pretrain_steps: int = option(500, "steps of pretraining the tiny model")
 
 
-RELEASE = {  # the official release's settings for LLaDA-8B (but for timestep_proposal), on one GPU
+RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
     "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
     "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1, "save_every": 10,
+}  # fmt: skip
+SMALL = RELEASE | {  # for a Qwen3-0.6B that was made a masked diffusion model, on one GPU of 24 GB
+    "model": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "answer_format": "boxed", "max_steps": 100, "k": 16,
+    "completion_length": 256, "block_length": 32, "learning_rate": 2e-5, "rollout_batch": 64, "eval_steps": [256, 128],
+    "eval_examples": 256, "eval_every": 25,
 }  # fmt: skip
 
 
@@ -1123,8 +1190,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         saved = json.loads(file.read_text() or "{}") | {"resume": first.resume, "output_dir": first.resume}
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
-        parser.set_defaults(**RELEASE)
+        parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
+    args.model = SMALL["model"] if args.model == "qwen3-0.6b" else args.model
     for name in [name for name, value in saved.items() if value != getattr(args, name)]:
         if name in ("lora_rank", "lora_alpha", "output_dir"):
             parser.error(f"--{name} of a run cannot be changed")
@@ -1174,8 +1242,9 @@ def check_settings(args: Settings) -> None:
         raise BadInput("--group_size is at least 2; processes share an update by whole --rollout_batch of whole groups")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        raise BadInput(f"--report_to {args.report_to} needs pip install {args.report_to}")
+    for package in [args.report_to] * (args.report_to != "none") + ["matplotlib"] * args.plot:
+        if not importlib.util.find_spec(package):
+            raise BadInput(f"this needs pip install {package}")
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
@@ -1199,7 +1268,7 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
 
 def run_training(args: Settings) -> None:
     """Load, measure, train, measure."""
-    began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
+    began, task, run, results = time.time(), task_of(args), Path(args.output_dir), {}
     examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
     tested, many = {task.question.format(**example) for example in test}, len(examples)
     examples = [example for example in examples if task.question.format(**example) not in tested]
@@ -1244,10 +1313,7 @@ def run_training(args: Settings) -> None:
     measure(results, "AGRPO" if args.method == "agrpo" else "diffu-GRPO", model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
         (run / "results.json").write_text(json.dumps({"examples": len(test)} | results, indent=1))
-        log = run / "metrics.jsonl"
-        if all(json.loads(line)["frac_reward_zero_std"] == 1 for line in log.read_text().splitlines()):
-            print("Nothing was learned: the rewards of a group were always equal. Look at the completions above.")
-        print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {log}")
+        print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run}/metrics.jsonl")
 
 
 def main(argv: list[str] | None = None) -> None:

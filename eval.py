@@ -13,9 +13,11 @@ Greedy, as by default, or with the sampling options of the run, the figures are 
 
 import importlib.util
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +35,7 @@ class Options:
     checkpoint: str = field(default="", init=False)  # the positional argument
     base: str | None = option(None, "the model it was trained from, to set beside it")
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to measure on")
+    answer_format: Literal["tags", "boxed"] = option("tags", "what gsm8k and math ask for, as in training")
     data: str | None = option(None, "your test examples: a file, a folder of test.*, or a hub id")
     examples: int = option(0, "measure on the first so many (0: on all)")
     device: str | None = option(None, "cuda, mps or cpu; not given: the first of these that there is")
@@ -56,12 +59,13 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
     """Every example completed once: a list of records in the order of the examples, the same in every process."""
     mine, texts, rollout = agrpo.generate(model, tokenizer, mask_id, task, examples, options, key, steps=steps)
     numbers = [i for i in range(len(examples)) if i // options.rollout_batch % world_size() == rank()]
-    records, eos_id = [], tokenizer.eos_token_id
+    records, ends = [], (tokenizer.eos_token_id, tokenizer.pad_token_id)
     for row, (number, example, text) in enumerate(zip(numbers, mine, texts)):
         tokens, step = rollout.completion[row].tolist(), rollout.step[row].tolist()
         record = {"example": number, "prompt": task.prompt(example, tokenizer), "completion": text}
         record |= {"answer": agrpo.answer_in(text), "correct": task.grade(example, text)[1]}
-        record |= {"length": [*tokens, eos_id].index(eos_id), "passes": max(step) + 1}
+        record |= {"as released": as_released(options.task, example, text, record["correct"])}
+        record |= {"length": len([*takewhile(lambda token: token not in ends, tokens)]), "passes": max(step) + 1}
         records.append(record | {"tokens": tokens, "step": step})
     if world_size() > 1:
         shares = [None] * world_size()
@@ -70,11 +74,30 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
     return records
 
 
+def as_released(task: str, example: dict, text: str, correct: bool) -> float:
+    """What the official release counts, 0 to 1. It takes the first <answer>, or everything; of that GSM8K's first run of
+    digits, in the first box if there is one; Countdown's last line with "="; the share of Sudoku's blanks that are as
+    in the given solution, though there may be others. For MATH: what we count."""
+    block = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
+    text = block[1] if block else text
+    if task == "gsm8k":
+        box = re.search(r"\\boxed\{(.*?)\}", text)
+        digits = re.search("[0-9]+", box[1] if box else text)
+        return float(bool(digits) and digits[0] == example["gold"].replace(",", ""))
+    if task == "countdown":
+        lines = [line for line in text.splitlines() if "=" in line]
+        return float(bool(lines) and agrpo.countdown_right(example, lines[-1]))
+    if task == "sudoku":
+        cells, blanks = re.sub("[^1-4]", "", text).ljust(16), [i for i in range(16) if example["puzzle"][i] == "0"]
+        return sum(cells[i] == example["solution"][i] for i in blanks) / len(blanks)
+    return float(correct)
+
+
 def measure(name: str, checkpoint: str, examples: list, options: Options) -> dict:
     """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
     dtype = torch.bfloat16 if options.device == "cuda" and not agrpo.is_tiny(checkpoint) else torch.float32
     model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
-    task = agrpo.TASKS[options.task]
+    task = agrpo.task_of(options)
     curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
     passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
     bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0 or agrpo.no_bar())
@@ -100,6 +123,7 @@ def summary(runs: list[list[dict]], options: Options) -> dict:
     n, N, records = len(runs[0]), options.samples, [record for run in runs for record in run]
     share, right = lambda verdicts: sum(verdicts) / len(verdicts), [record["correct"] for record in records]
     figures = {"accuracy": share(right), "95% interval": wilson(share(right), n)}  # n, however often each was completed
+    figures["as released"] = share([record["as released"] for record in records])
     if len(options.seeds) > 1:
         figures["by seed"] = [share(right[i : i + n * N]) for i in range(0, len(right), n * N)]
     if N > 1:
@@ -187,10 +211,10 @@ def parse_options(argv: list[str] | None = None) -> Options:
     argv = sys.argv[1:] if argv is None else argv
     first = parser.parse_args(argv)
     folder = Path(first.checkpoint)
-    run = folder.parent if folder in agrpo.checkpoints(folder.parent) else folder
+    run = folder if (folder / "settings.json").is_file() else folder.parent
     if (run / "settings.json").is_file():
         saved = json.loads((run / "settings.json").read_text())
-        names = ("task", "data", "rollout_batch", "completion_length", "block_length")
+        names = ("task", "data", "answer_format", "rollout_batch", "completion_length", "block_length")
         parser.set_defaults(**{name: saved[name] for name in names}, steps=saved["eval_steps"])
     elif not agrpo.is_tiny(first.checkpoint):
         parser.set_defaults(completion_length=256, block_length=32, steps=[256, 128, 64, 32], rollout_batch=8)

@@ -87,11 +87,16 @@ SETTINGS = {
     "blocks, two a step": BLOCKS | {"steps": 2, "temperature": 0.8},
     "blocks, top-p": BLOCKS | {"temperature": 1.3, "top_p": 0.9},
     "blocks, no EOS": BLOCKS | {"eos_id": None},
+    "blocks, two EOS": BLOCKS | {"eos_id": [Y, EOS]},
     "low confidence": PLAIN | {"unmasking": "low_confidence"},
     "low confidence, greedy": PLAIN | {"unmasking": "low_confidence", "temperature": 0.0},
     "low confidence, top-p": PLAIN | {"unmasking": "low_confidence", "temperature": 4.0, "top_p": 0.9, "steps": 2},
+    "four tokens": PLAIN | {"completion_length": 4, "block_length": 4, "steps": 4},
     "two tokens": PLAIN | {"completion_length": 2, "block_length": 2, "steps": 2, "temperature": 0.7, "top_k": 2},
 }
+
+
+TESTED = [name for name in SETTINGS if name not in ("greedy", "four tokens")]
 
 
 def policy_table(model, sampling: dict, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -139,7 +144,8 @@ def enumerate_trajectories(name: str, kind: str = "bert", seed: int = 2) -> Simp
     state; keep (S, C, V) bool the ids to choose from in each state.
     """
     model, sampling = mask_predictor(kind, seed), SETTINGS[name]
-    C, block, T, eos = (sampling[key] for key in ("completion_length", "block_length", "steps", "eos_id"))
+    C, block, T, ends = (sampling[key] for key in ("completion_length", "block_length", "steps", "eos_id"))
+    ends = ends if isinstance(ends, list) else [ends]
     inside = T * block // C  # steps inside one block
     logp, keep = policy_table(model, sampling)
     confidence, _ = policy_table(model, sampling | {"temperature": 1.0, "top_k": 0, "top_p": 1.0})
@@ -148,7 +154,7 @@ def enumerate_trajectories(name: str, kind: str = "bert", seed: int = 2) -> Simp
     def walk(t: int, history: dict, log_probability: Tensor):  # history: position -> (step, token, state before)
         start = t // inside * block
         last_block = {history[i][1] for i in range(start - block, start)} if t and t % inside == 0 else set()
-        if t == T or last_block == {eos}:
+        if t == T or last_block and last_block <= {*ends}:
             found.append((t, history, log_probability))
             return
         n = number[tuple(history[i][1] if i in history else MASK for i in range(C))]
@@ -214,7 +220,7 @@ def write(model, prompt: Tensor, seed: int = 0, prompt_mask: Tensor | None = Non
     return sample(model, prompt, prompt_mask, generator=seeded(seed), **sampling)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*TESTED, "greedy"])
 def test_sampler_draws_trajectories_with_their_probabilities_and_records_them(name):
     """20,000 samples are as frequent as the enumeration says, nothing else occurs, and what is recorded is exact."""
     e = enumerate_trajectories(name)
@@ -407,7 +413,7 @@ def estimates(e: SimpleNamespace, k: int, kind: str) -> tuple[Tensor, Tensor]:
     return mean, none.index_add(0, rows, share * (estimate - mean[rows]).detach() ** 2).sqrt()
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "greedy"])
+@pytest.mark.parametrize("name", TESTED)
 def test_estimate_is_unbiased_and_exact_once_k_covers_all_steps(name):
     """Its mean over all timestep draws is the trajectory's log-likelihood; with k >= T each draw is. So its gradient.
 
@@ -475,7 +481,7 @@ def mean_update(e: SimpleNamespace, k: int, kind: str = "uniform", mass=None, ro
         return update_of(e.model, rollout, mass * len(mass), k=k, proposal=proposal_of(rollout, kind), **options)
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "greedy" and "low" not in name] + ["llama"])
+@pytest.mark.parametrize("name", [name for name in TESTED if "low" not in name] + ["llama"])
 def test_mean_update_is_the_policy_gradient(name):
     """Its mean over all trajectories, groups and timestep draws is (1 - 1/G) grad E[reward] / T, exactly.
 
@@ -753,6 +759,60 @@ def test_strata_and_proposal_reduce_the_variance():
     assert table["surprise", "whole", 8] < table["uniform", "iid", 8] / 50
 
 
+@lru_cache
+def passes_table(seed: int = 2, T: int = 4) -> dict[str, tuple[float, float]]:
+    """(Squared bias, variance times passes) of one completion's estimate of grad E[reward], over the squared gradient.
+
+    The mean of completions that cost P passes in all has the error bias + variance / P. The advantage is r - E[r]. An
+    estimator whose mean points elsewhere is first scaled to come as near as it can. Random masks: L of the T tokens are
+    masked, L uniform, and scored in one pass, times T / L: the usual estimate of the ELBO.
+    """
+    e = enumerate_trajectories("four tokens", seed=seed)
+    table, number = policy_table(e.model, e.sampling)[0], list(itertools.product(WORDS, repeat=T))
+    score = lru_cache(None)(lambda state, i, token: gradient_of(table[state, i, token], e.model))
+    texts, A = keys(e.rollout.completion), e.rewards - e.probability @ e.rewards
+    of_step = lambda n, t: next(i for i in range(T) if e.rollout.step[n, i] == t)
+    scores = [
+        [score(int(e.state[n, i]), i, o[i]) for i in (of_step(n, t) for t in range(T))] for n, o in enumerate(texts)
+    ]
+    scores = torch.stack([torch.stack(row) for row in scores])  # (N, T, parameters)
+    exact, found = (e.probability * A) @ scores.sum(1), {}
+
+    def error(name: str, passes: int, share: Tensor, estimate: Tensor):
+        mean = share @ estimate
+        scale = mean @ exact / (mean @ mean)
+        variance = share @ (estimate**2).sum(1) - mean @ mean
+        found[name] = tuple(
+            (x / (exact @ exact)).item() for x in (((scale * mean - exact) ** 2).sum(), passes * scale**2 * variance)
+        )
+
+    for k in (1, 2, 4):
+        rows, share, context = every_draw(proposal_of(e.rollout, "surprise"), e.rollout.num_steps, k)
+        with context:
+            steps, weights = draw_timesteps(e.rollout.num_steps[rows], k, proposal_of(e.rollout, "surprise")[rows])
+        weights = torch.zeros(len(rows), T).double().scatter_add(1, steps, weights)
+        estimate = A[rows, None] * torch.einsum("nt,ntp->np", weights, scores[rows])
+        error(f"AGRPO, k = {k}" + " = T" * (k == T), k, share * e.probability[rows], estimate)
+    hidden = [m for m in itertools.product((0, 1), repeat=T) if any(m)]
+    under = lambda o, m: sum(
+        score(number.index(tuple(MASK if b else w for b, w in zip(m, o))), i, o[i]) for i in range(T) if m[i]
+    )
+    for name, masks in ("random masks (ELBO)", hidden), ("one step (diffu-GRPO)", [(1,) * T]):
+        odds = torch.tensor([1 / (T * math.comb(T, sum(m))) if len(masks) > 1 else 1.0 for m in masks]).double()
+        cache = {(o, m): under(o, m) * T / sum(m) for o in set(texts) for m in masks}
+        estimate = torch.stack([A[n] * cache[o, m] for n, o in enumerate(texts) for m in masks])
+        error(name, 1, (e.probability[:, None] * odds).flatten(), estimate)
+    return found
+
+
+def test_bias_is_what_passes_cannot_buy_off():
+    """AGRPO's error falls to nothing with the passes; that of one step, or of random masks, stays."""
+    table = passes_table()
+    for name, (bias, variance) in table.items():
+        assert variance > 0 and (bias < 1e-20 if "AGRPO" in name else bias > 0.005), (name, bias)
+    assert table["one step (diffu-GRPO)"][1] < table["AGRPO, k = 1"][1]
+
+
 def print_tables():
     spell = lambda text: " ".join("xy."[token] for token in text)
     print("1. Likelihood of a text (nats; '.' is EOS). Averaged over all orders the estimate is the ELBO: a bound\n")
@@ -778,7 +838,13 @@ def print_tables():
         along, norm, error = rows.median(0).values.tolist()
         print(f"   {name:32s}{along:9.4f}{rows[:, 0].min():10.4f}{norm:19.4f}{error:17.1e}")
 
-    print("\n4. Variance of the gradient estimate over draws / |gradient|^2: 32 completions, T = 16\n")
+    print("\n4. Error of the mean of completions that cost P passes: bias + variance / P, over |gradient|^2; T = 4\n")
+    print(f"   {'':28s}{'bias':>10s}{'variance':>10s}" + "".join(f"{f'P = {P}':>10s}" for P in (10, 100, 1000, 10000)))
+    for name, (bias, variance) in passes_table().items():
+        errors = "".join(f"{bias + variance / P:10.3f}" for P in (10, 100, 1000, 10000))
+        print(f"   {name:28s}{bias:10.3f}{variance:10.1f}{errors}")
+
+    print("\n5. Variance of the gradient estimate over draws / |gradient|^2: 32 completions, T = 16\n")
     points = {"iid": "independent", "batch": "strata of the batch", "row": "systematic in each row"}
     points |= {"whole": "systematic in the batch, times |A| (ours)"}
     print(f"   {'proposal':12s}{'points':42s}" + "".join(f"{f'k = {k}':>9s}" for k in (1, 2, 4, 8)))
@@ -966,7 +1032,7 @@ def test_other_methods_and_options_run_to_the_end(how, short_run):
     folder = short_run.parent / re.sub(r"\W+", "", how)
     more = "--max_steps 2 --updates_per_rollout 2 --learning_rate 1e-2 --warmup_steps 0 --k 2 --steps 4 "
     if "beta" not in how:
-        more += "--unmasking low_confidence --top_k 20 --top_p 0.9 --scale_by_std true --timestep_proposal entropy "
+        more += "--unmasking low_confidence --top_k 20 --top_p 0.9 --scale_by_std true "
     printed, lines = run(SHORT, folder, more, "--length_norm constant", how), figures(folder)
     assert len(lines) == 2 and all(abs(value) < 1e6 for line in lines for value in line.values())
     assert all(line["approx_kl"] > 0 for line in lines)  # the second update of a rollout is off policy
@@ -1204,6 +1270,66 @@ def test_what_lies_in_a_folder_comes_first(tmp_path):
     agrpo.load_model(str(tmp_path / "llada"))
 
 
+def a2d_checkpoint(folder: Path, kind: str, tied: bool, **change):
+    """A small random checkpoint as dLLM's are laid out: a Qwen3, Qwen2 or Llama under another model_type, <|im_end|> as
+    EOS, more rows in its vocabulary than tokens. Returns transformers' own model of it."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    name = kind.capitalize()
+    config, model = (getattr(transformers, name + part) for part in ("Config", "ForCausalLM"))
+    causal = model(config(**shape, max_position_embeddings=2048)).eval()
+    causal.save_pretrained(folder)
+    stored = agrpo.load_file(folder / "model.safetensors") | {"lm_head.weight": causal.lm_head.weight.detach().clone()}
+    agrpo.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text()) | {"model_type": f"a2d-{kind}", "is_causal": True} | change
+    (folder / "config.json").write_text(json.dumps(raw))
+    _, tokenizer, _ = agrpo.load_model("tiny")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ enable_thinking }}"
+    )
+    tokenizer.save_pretrained(folder)
+    return causal, raw
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", False)])
+def test_a2d_checkpoints_are_transformers_models_that_look_both_ways(kind, tied, tmp_path):
+    """The logits of transformers' model given an explicit mask of ones, padded or not; the config comes back as it was.
+    It trains with LoRA from the command line, resumes and is measured."""
+    causal, raw = a2d_checkpoint(tmp_path / "a2d", kind, tied)
+    model, tokenizer, _ = agrpo.load_model(str(tmp_path / "a2d"))
+    everywhere = torch.arange(9).expand(2, 9)
+    for pad in 0, 2:
+        real = torch.arange(9).expand(2, 9) >= pad
+        mask = torch.where(real[:, None, None, :], 0.0, torch.finfo(torch.float32).min).expand(2, 1, 9, 9)
+        places = (real.long().cumsum(1) - 1).clamp(min=0)
+        expected = causal(input_ids=IDS, attention_mask=mask, position_ids=places).logits
+        found = agrpo.logits_at(model, IDS, real, everywhere)
+        torch.testing.assert_close(found[:, pad:], expected[:, pad:], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(
+            found[:, pad], causal(input_ids=IDS).logits[:, pad], atol=1e-3
+        )  # it sees what follows
+    agrpo.save_model(model, tokenizer, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == raw
+    assert torch.equal(agrpo.load_model(str(tmp_path / "saved"))[0](IDS).logits, model(IDS).logits)
+    for split, answer in ("train", 5), ("test", 6):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": f"{answer}?", "answer": f"#### {answer}"}))
+    where = f"--task gsm8k --model {tmp_path}/a2d --data {tmp_path} --output_dir {tmp_path}/run --answer_format boxed"
+    assert "Nothing to learn from" in run(LLADA_RUN, where)
+    run("--resume", tmp_path / "run", "--max_steps 3")
+    run(tmp_path / "run", "--device cpu --save", tmp_path / "all", main=curve.main)
+    prompt = rows_of(tmp_path / "all")[0]["prompt"]
+    assert len(figures(tmp_path / "run")) == 3 and "within \\boxed{}.False" in prompt and "<answer>" not in prompt
+
+
+def test_block_causal_relatives_and_windows_are_refused(tmp_path):
+    for name, change in ("Qwen3-bd3lm", {}), ("a", {"use_sliding_window": True}), ("b", {"layer_types": ["sliding"]}):
+        a2d_checkpoint(tmp_path / name, "qwen2", True, **change)
+        with pytest.raises(agrpo.BadInput, match="here all tokens see each other"):
+            agrpo.load_model(str(tmp_path / name))
+    assert agrpo.parse_settings(["--task", "gsm8k", "--model", "qwen3-0.6b"]).model == agrpo.SMALL["model"]
+
+
 CANNOT_SERVE = {  # what is said: what is changed in its config
     "missing weights.*layers.2": {"n_layers": 3}, "unexpected weights.*(layers|blocks).1": {"n_layers": 1},
     "gpt2": {"model_type": "gpt2"}, "billion.*for a CPU": {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288},
@@ -1279,7 +1405,7 @@ def test_lora_is_saved_loaded_merged_measured_and_read_by_peft(tmp_path):
     merged, _, _ = agrpo.load_model(str(tmp_path / "merged"))
     torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     printed = run(LLADA_RUN, f"--task countdown --model {folder} --output_dir {tmp_path}/run")
-    assert "Nothing was learned" in printed  # so B is still 0
+    assert "Nothing to learn from" in printed  # so B is still 0
     torch.testing.assert_close(agrpo.load_model(str(tmp_path / "run"))[0](IDS).logits, logits, rtol=1e-4, atol=1e-4)
     options = curve.parse_options([str(folder)])
     assert (options.steps, options.completion_length, options.block_length) == ([256, 128, 64, 32], 256, 32)
@@ -1388,6 +1514,44 @@ def test_intervals_and_votes_by_hand():
     assert curve.vote(said("7", "1,234", "$1234"), "gsm8k") and not curve.vote(said("7", "1,234", "$1234"), "countdown")
     assert curve.vote(said(None, None, "(1+2)"), "countdown") and not curve.vote(said(None, None), "countdown")
     assert curve.vote(said("1,234", "8"), "gsm8k") and not curve.vote(said("8", "1,234"), "gsm8k")
+
+
+def test_the_best_checkpoint_is_kept(half_known):
+    """Also by a run that is resumed; eval.py measures it with the run's settings."""
+    folder, more = half_known / "ruined", f"--model {half_known}/base --data {half_known}/puzzles.csv --eval_every 1 "
+    run(SHORT, folder, more, "--eval_examples 0 --learning_rate 1e-3 --warmup_steps 6 --max_steps 3 --save_every 1")
+    for updates in 3, 6:
+        run("--resume", folder, "--max_steps", updates)
+        accuracy = [row["eval_accuracy"] for row in figures(folder)]
+        assert len(accuracy) == updates and max(accuracy) > 0 and (updates == 3 or accuracy[-1] == 0)
+        run(folder / "best", f"--device cpu --output {folder}/{updates}.json", main=curve.main)
+        found = json.loads((folder / f"{updates}.json").read_text())["results"]["trained"]["4"]
+        assert found["accuracy"] == max(accuracy)
+
+
+AS_RELEASED = {  # what the release counts as right: whether or not we do
+    "gsm8k": ("5", {1: "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
+        "<answer>\\boxed{x5}</answer>|05 or 5".replace("05 or 5", "5!") + "|is $5$|5/2", 0: "1,234|6 5|<answer>five</answer> 5|"
+        "\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||\\boxed{} 5 6 \\boxed{5}|٥"}),
+    "countdown": ({"numbers": "30,100,93", "target": "23"}, {1: "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23",
+        0: "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"}),
+}  # fmt: skip
+
+
+def test_as_released_is_what_the_release_counts():
+    gold, answers = AS_RELEASED["gsm8k"]
+    for share, texts in answers.items():
+        for text in texts.split("|"):
+            assert curve.as_released("gsm8k", {"gold": gold}, text, None) == share, text
+    assert curve.as_released("gsm8k", {"gold": "1,234"}, "1234", None) == 1
+    example, answers = AS_RELEASED["countdown"]
+    for share, texts in answers.items():
+        for text in texts.split("|"):
+            assert curve.as_released("countdown", example, text, None) == share, text
+    blanks, example = PUZZLE.count("0"), {"puzzle": PUZZLE, "solution": GRID}
+    for text, right in (GRID, blanks), ("", 0), (f"<answer>{GRID}</answer> 1", blanks), ("4" * 16, 1), (GRID[:4], 2):
+        assert curve.as_released("sudoku", example, text, None) == pytest.approx(right / blanks), text
+    assert curve.as_released("math", {}, "", True) == 1
 
 
 # Only for puzzles that begin with a blank: with one prompt a process, some have no advantage at all, others do.
