@@ -1188,6 +1188,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if not file.is_file():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text() or "{}") | {"resume": first.resume, "output_dir": first.resume}
+        saved = {name: value for name, value in saved.items() if hasattr(first, name)}  # another version had others
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
