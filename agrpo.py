@@ -529,8 +529,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write(
-                "Nothing to learn from: all rewards of a group are equal. Look at the completions; small models "
-                "hardly write tags, so try --answer_format boxed"
+                "Nothing to learn from: all rewards of a group are equal. Look; try --answer_format boxed, no tags"
             )
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
@@ -543,6 +542,11 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_training_state(run, done, model, tokenizer, optimizer)
     if rank() == 0:
         draw_curves(history, run / "curves.png" if args.plot else None)
+    if (run / "best").exists():
+        best = max(history, key=lambda row: row.get("eval_accuracy", 0))
+        print(
+            "  {run}/best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(run=run, **best)
+        )
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):

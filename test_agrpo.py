@@ -1521,12 +1521,13 @@ def test_the_best_checkpoint_is_kept(half_known):
     folder, more = half_known / "ruined", f"--model {half_known}/base --data {half_known}/puzzles.csv --eval_every 1 "
     run(SHORT, folder, more, "--eval_examples 0 --learning_rate 1e-3 --warmup_steps 6 --max_steps 3 --save_every 1")
     for updates in 3, 6:
-        run("--resume", folder, "--max_steps", updates)
+        printed = run("--resume", folder, "--max_steps", updates)
         accuracy = [row["eval_accuracy"] for row in figures(folder)]
         assert len(accuracy) == updates and max(accuracy) > 0 and (updates == 3 or accuracy[-1] == 0)
         run(folder / "best", f"--device cpu --output {folder}/{updates}.json", main=curve.main)
         found = json.loads((folder / f"{updates}.json").read_text())["results"]["trained"]["4"]
         assert found["accuracy"] == max(accuracy)
+        assert f"best is update {1 + accuracy.index(max(accuracy))}, with accuracy {max(accuracy):.3f}" in printed
 
 
 AS_RELEASED = {  # what the release counts as right: whether or not we do
