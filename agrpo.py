@@ -288,6 +288,27 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
+def draw_pairs(num_steps: Tensor, size: Tensor, k: int, proposal: Tensor | None = None, generator=None):
+    """Draw k (row, step) pairs a row from the steps of all rows, as if they were those of one long row.
+
+    A pair is drawn in proportion to its row's size (B,), nonnegative, times proposal, as in `draw_timesteps`. The size is
+    |A_i|: a group with one right completion in G has one large advantage and G - 1 small ones. R rows of size above 0
+    take part. Returns rows, steps int64 and weights float64, (N,) each with N <= k R, on the CPU: on average
+    sum_n weights[n] f(rows[n], steps[n]) is the sum of f over all pairs.
+    """
+    size, num_steps = size.cpu(), num_steps.cpu()
+    active = size.nonzero().squeeze(1)  # (R,)
+    which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
+    rows = active[which]
+    # Each row's first step is a random one: else equal rows, at equal distances, would all draw the same steps.
+    first = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
+    steps = (steps + first.long()) % num_steps[rows]
+    share = size[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
+    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), share[None], generator)  # (1, k R)
+    drawn, weights = drawn[weights > 0], weights[weights > 0]
+    return rows[drawn], steps[drawn], weights
+
+
 def surprise(rollout: Rollout) -> Tensor:
     """1 - p(token), summed over the tokens that each step unmasked: (B, T), from what the sampler recorded.
 
@@ -395,16 +416,13 @@ def policy_gradient(
     proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
     beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Add to .grad the gradient of -J (see the top of this file), estimated from k steps a row, with advantage or KL.
+    """Add to .grad the gradient of -J (see the top of this file), estimated from k steps a row by `draw_pairs`.
 
-    All their (row, step) pairs are drawn from as if they were the steps of one long row, in proportion to proposal
-    (B, T) (positive, of any scale; None = uniform) times |A_i| + beta: a group with one right completion in G has one
-    large advantage and G - 1 small ones. advantage (B,). on_policy: the model is still the one that sampled; rho =
-    exp(logp - logp.detach()) is 1 and has its gradient. length_norm: L_i is T_i ("sequence") or T ("constant").
-    ref_model: the reference, for beta > 0. temperature as in sampling, generator as in `draw_timesteps`. At most
-    micro_batch pairs are in memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old
-    policy) and kl, plain means over the tokens evaluated.
-    Raises ValueError for another length_norm, and for beta > 0 without ref_model.
+    advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1 and has its
+    gradient. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal
+    and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in
+    memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, plain means
+    over the tokens evaluated. Raises ValueError for another length_norm, and for beta > 0 without ref_model.
     """
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
@@ -412,19 +430,11 @@ def policy_gradient(
         raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
     metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
-    active = ((advantage != 0) | (beta > 0)).nonzero().squeeze(1).cpu()  # (R,) no advantage: no gradient, so no pass
-    if len(active) == 0:
+    size = advantage.abs() + beta
+    if not size.any():
         return metrics
-    num_steps = rollout.num_steps.cpu()[active]
-    which, steps = (torch.arange(T) < num_steps[:, None]).nonzero(as_tuple=True)  # (M,) each: all pairs
-    # Each row's first step is a random one: else equal rows, at equal distances, would all draw the same steps.
-    steps = (steps + torch.randint(T, num_steps.shape, generator=generator)[which]) % num_steps[which]
-    rows = active[which]
-    share = (advantage.abs() + beta).cpu()[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
-    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), share[None], generator)  # (1, k R)
-    drawn, weights = drawn[weights > 0], weights[weights > 0]  # (N,)
-    weights = weights / (B * (num_steps[which[drawn]] if length_norm == "sequence" else T))
-    rows, steps = rows[drawn], steps[drawn]
+    rows, steps, weights = draw_pairs(rollout.num_steps, size, k, proposal, generator)  # (N,) each
+    weights = weights / (B * (rollout.num_steps.cpu()[rows] if length_norm == "sequence" else T))
 
     seen = []
     for start in range(0, len(rows), micro_batch):
@@ -1090,7 +1100,7 @@ def tiny_model(device, dtype):
     return hf.BertForMaskedLM(config).to(device, dtype).eval(), tokenizer, tokenizer.mask_token_id
 
 
-def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed: int, steps: int, batch: int = 256):
+def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed: int, steps: int, batch: int = 128):
     """Teach a fresh model (prompt, completion) pairs by the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
     tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt)."""
     prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
@@ -1132,10 +1142,10 @@ class Settings:
     device: str | None = option(None, "cuda, mps or cpu; default: the first that there is")
 
     method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo: d1's estimator, to compare with")
-    max_steps: int = option(150, "updates")
+    max_steps: int = option(160, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(2, "steps drawn per completion, on average; a forward and backward pass each")
+    k: int = option(1, "steps drawn per completion, on average; a forward and backward pass each")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
     updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts")
@@ -1162,11 +1172,11 @@ class Settings:
     eval_steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "steps to measure at"})
     eval_examples: int = option(0, "test examples to measure on; 0: all")
     eval_every: int = option(0, "updates between measurements, greedy at the first of eval_steps; 0: none")
-    show_every: int = option(50, "updates between completions printed; 0: none")
-    save_every: int = option(50, "updates between checkpoints; the newest two are kept")
+    show_every: int = option(40, "updates between completions printed; 0: none")
+    save_every: int = option(40, "updates between checkpoints; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
     plot: bool = option(False, "draw reward and accuracy into curves.png too (needs matplotlib)")
-    pretrain_steps: int = option(500, "steps of pretraining the tiny model")
+    pretrain_steps: int = option(400, "steps of pretraining the tiny model")
 
 
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU

@@ -693,10 +693,11 @@ def plain_draw(stratified: bool, k: int, proposal: Tensor, _, rng: torch.Generat
 
 def systematic_draw(whole: bool, k: int, proposal: Tensor, advantage: Tensor, rng: torch.Generator) -> Tensor:
     """Our draws: k in each row; or, as in `policy_gradient`, from all rows as if they were one, large advantages first."""
-    share = (advantage.abs()[:, None] * proposal).view(1, -1) if whole else proposal
-    lengths = torch.full((len(share),), share.shape[1])
-    steps, weights = draw_timesteps(lengths, k * len(proposal) // len(share), share, rng)
-    return torch.zeros_like(share).scatter_add(1, steps, weights).view_as(proposal)
+    lengths, drawn = torch.full((len(proposal),), proposal.shape[1]), torch.zeros_like(proposal)
+    if whole:
+        rows, steps, weights = agrpo.draw_pairs(lengths, advantage.abs(), k, proposal, rng)
+        return drawn.index_put((rows, steps), weights)
+    return drawn.scatter_add(1, *draw_timesteps(lengths, k, proposal, rng))
 
 
 SCHEMES = {"iid": partial(plain_draw, False), "batch": partial(plain_draw, True)}
