@@ -551,7 +551,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         if done % args.save_every == 0 or done == args.max_steps:
             save_training_state(run, done, model, tokenizer, optimizer)
     if rank() == 0:
-        draw_curves(history, run / "curves.png" if args.plot else None)
+        draw_curves(history)
     if (run / "best").exists():
         best = max(history, key=lambda row: row.get("eval_accuracy", 0))
         print(
@@ -664,8 +664,8 @@ def load_training_state(run: Path, optimizer) -> tuple[int, list[dict]]:
     return done, [*map(json.loads, lines)]
 
 
-def draw_curves(history: list[dict], png: Path | None = None, width: int = 64, height: int = 8) -> None:
-    """Print reward (r) and accuracy (a) against updates, each from 0 to its highest; draw them into a file, if given."""
+def draw_curves(history: list[dict], width: int = 64, height: int = 8) -> None:
+    """Print reward (r) and accuracy (a) against updates, each from 0 to its highest, in plain characters."""
     width = min(width, len(history))
     parts = [history[x * len(history) // width : (x + 1) * len(history) // width] for x in range(width)]
     lines, legend = [[" "] * width for _ in range(height)], f"  updates 1 to {len(history)}"
@@ -675,15 +675,6 @@ def draw_curves(history: list[dict], png: Path | None = None, width: int = 64, h
             lines[round((1 - mean / max(*means, 1e-9)) * (height - 1))][x] = name[0]
         legend += f"; {name[0]}: {name}, 0 to {max(means):.2f}"
     print("", *("  |" + "".join(line) for line in lines), legend, sep="\n", flush=True)
-    if png:
-        from matplotlib.figure import Figure  # not pyplot, which would look for a display
-
-        axes = Figure().subplots()
-        for name in ("reward", "accuracy"):
-            axes.plot([row["update"] for row in history], [row[name] for row in history], label=name)
-        axes.set_xlabel("updates")
-        axes.legend()
-        axes.figure.savefig(png)
 
 
 # ===== 6. Tasks: examples, prompts, rewards ===========================================================================
@@ -1175,7 +1166,6 @@ class Settings:
     show_every: int = option(40, "updates between completions printed; 0: none")
     save_every: int = option(40, "updates between checkpoints; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
-    plot: bool = option(False, "draw reward and accuracy into curves.png too (needs matplotlib)")
     pretrain_steps: int = option(400, "steps of pretraining the tiny model")
 
 
@@ -1257,9 +1247,8 @@ def check_settings(args: Settings) -> None:
         raise BadInput("--group_size is at least 2; processes share an update by whole --rollout_batch of whole groups")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
-    for package in [args.report_to] * (args.report_to != "none") + ["matplotlib"] * args.plot:
-        if not importlib.util.find_spec(package):
-            raise BadInput(f"this needs pip install {package}")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        raise BadInput(f"--report_to {args.report_to} needs pip install {args.report_to}")
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:

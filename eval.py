@@ -52,7 +52,7 @@ class Options:
     show: int = option(0, "unmask so many examples step by step, with the first of --steps")
     save: str | None = option(None, "a new .jsonl file for every prompt, completion, answer and verdict")
     output: str | None = option(None, "a new .json file for the options, versions and figures")
-    plot: str | None = option(None, "a new .png, .pdf or .svg file for the curves (needs matplotlib)")
+    plot: str | None = option(None, "a new .png, .pdf or .svg file for the curves, of training too (needs matplotlib)")
 
 
 def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: Options, steps: int, key: tuple):
@@ -178,10 +178,16 @@ def print_table(title: str, results: dict[str, dict]) -> None:
     print("\n".join(["", title, "", *lines, "", notes]), flush=True)
 
 
-def plot(results: dict[str, dict], title: str, file: str) -> None:
+def plot(results: dict[str, dict], title: str, file: str, run: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
-    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    axes, training = Figure(figsize=(12, 4), layout="constrained").subplots(1, 2)
+    log = run / "metrics.jsonl"
+    history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for name in ("reward", "accuracy"):
+        training.plot([row["update"] for row in history], [row[name] for row in history], label=name)
+    training.set(xlabel="updates", title="training")
+    training.legend()
     for name, curve in results.items():
         steps, accuracy = [int(n) for n in curve], [f["accuracy"] for f in curve.values()]
         ends = [[abs(f["95% interval"][end] - f["accuracy"]) for f in curve.values()] for end in (0, 1)]
@@ -200,7 +206,12 @@ def report(results: dict[str, dict], test: list, options: Options) -> None:
         found |= {"processes": world_size(), "examples": len(test), "results": results}
         Path(options.output).write_text(json.dumps(found, indent=1))
     if options.plot:
-        plot(results, title, options.plot)
+        plot(results, title, options.plot, run_of(options.checkpoint))
+
+
+def run_of(checkpoint: str) -> Path:
+    """The folder of the run that a checkpoint is or lies in."""
+    return Path(checkpoint) if (Path(checkpoint) / "settings.json").is_file() else Path(checkpoint).parent
 
 
 def parse_options(argv: list[str] | None = None) -> Options:
@@ -210,8 +221,7 @@ def parse_options(argv: list[str] | None = None) -> Options:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what to measure: a run, a folder or a hub id")
     argv = sys.argv[1:] if argv is None else argv
     first = parser.parse_args(argv)
-    folder = Path(first.checkpoint)
-    run = folder if (folder / "settings.json").is_file() else folder.parent
+    run = run_of(first.checkpoint)
     if (run / "settings.json").is_file():
         saved = json.loads((run / "settings.json").read_text())
         names = ("task", "data", "answer_format", "rollout_batch", "completion_length", "block_length")
