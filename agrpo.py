@@ -30,7 +30,8 @@ Letters, and the words for them in the code (i is a row, j a position; the paper
 Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
     over the draw of steps    for the gradient of J, always
     over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T, beta is 0,
-                              advantages are not scaled, and it is the first update on these rollouts
+                              advantages are not scaled, and it is the first optimizer step on these rollouts
+                              (the ids that top-k and top-p keep count as given)
 
 A random order carries no parameters, so the likelihood that a policy gradient needs is an exact sum:
 
@@ -90,7 +91,7 @@ class Rollout:
     logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) float32, nats, summed over the positions that each step unmasked
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, the ids that top-k and top-p left to choose from, filled up with -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids that top-k and top-p left, then -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -125,8 +126,8 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """The ids left to choose from after top-k, then top-p (nucleus sampling, arXiv 1904.09751) among those.
 
-    logits (..., V). Returns (..., K) int64, -1 in unused places, None where nothing is cut. K = top_k; with
-    top_p alone it is among the 1,024 most probable ids, to bound the memory. At least one id is kept; mask_id never is.
+    logits (..., V). Returns (..., K) int64, -1 in unused places; None where nothing is cut. K = top_k, or, with top_p
+    alone, 1,024: no more ids than that are kept, to bound the memory. At least one is; mask_id never is.
     """
     if not top_k and top_p >= 1:
         return None
@@ -149,7 +150,7 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
         logits = without_mask(at_least_float32(logits), mask_id)
     else:
         logits = at_least_float32(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
-    return (logits / (temperature or 1.0)).log_softmax(-1)  # a greedy rollout's policy has one id: any divisor will do
+    return (logits / (temperature or 1.0)).log_softmax(-1)  # at temperature 0 one id is kept: any divisor will do
 
 
 at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
@@ -173,7 +174,7 @@ def tokens_per_step(completion_length: int, block_length: int, steps: int) -> li
 @torch.no_grad()
 def sample(
     model, prompt: Tensor, prompt_mask: Tensor, *, completion_length: int, block_length: int, steps: int,
-    temperature: float, unmasking: str, mask_id: int, eos_id: int | list[int] | None, top_k: int = 0, top_p: float = 1.0,
+    temperature: float, unmasking: str, mask_id: int, eos_id: int | list[int] | None, top_k: int = 0, top_p=1.0,
     generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
     """Generate one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
@@ -288,23 +289,24 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-def draw_pairs(num_steps: Tensor, size: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw k (row, step) pairs a row from the steps of all rows, as if they were those of one long row.
+def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
+    """Draw k (row, step) pairs a row, on average, from the steps of all rows as if they were those of one long row.
 
-    A pair is drawn in proportion to its row's size (B,), nonnegative, times proposal, as in `draw_timesteps`. The size is
-    |A_i|: a group with one right completion in G has one large advantage and G - 1 small ones. R rows of size above 0
-    take part. Returns rows, steps int64 and weights float64, (N,) each with N <= k R, on the CPU: on average
-    sum_n weights[n] f(rows[n], steps[n]) is the sum of f over all pairs.
+    A pair is drawn in proportion to its row's magnitude (B,), nonnegative, times proposal (B, T), which is as in
+    `draw_timesteps`. Only rows of magnitude above 0 take part, R of them. `policy_gradient` gives (|A_i| + beta) / L_i:
+    a group with one right completion in G has one large advantage and G - 1 small ones, for which few passes will do.
+    Returns rows, steps int64 and weights float64, (N,) each with N <= k R, on the CPU: sum_n weights[n] f(rows[n],
+    steps[n]) is unbiased for the sum of f over all pairs of these rows.
     """
-    size, num_steps = size.cpu(), num_steps.cpu()
-    active = size.nonzero().squeeze(1)  # (R,)
+    magnitude, num_steps = magnitude.cpu(), num_steps.cpu()
+    active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
     rows = active[which]
-    # Each row's first step is a random one: else equal rows, at equal distances, would all draw the same steps.
-    first = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
-    steps = (steps + first.long()) % num_steps[rows]
-    share = size[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
-    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), share[None], generator)  # (1, k R)
+    # Rotate each row's steps by a random offset: else equal rows, at equal distances, would all draw the same steps.
+    offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
+    steps = (steps + offset.long()) % num_steps[rows]
+    density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
+    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), density[None], generator)  # (1, k R)
     drawn, weights = drawn[weights > 0], weights[weights > 0]
     return rows[drawn], steps[drawn], weights
 
@@ -349,8 +351,8 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
 
     token = completion.gather(1, evaluated)[..., None]  # (N, n, 1)
     kept = None if rollout.kept is None else rollout.kept[rows[:, None], evaluated]  # (N, n, K)
-    place = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among the V ids, or the K kept
-    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, place).squeeze(-1)  # (N, n)
+    index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among the V ids, or the K kept
+    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
     logps = logps.masked_fill(~unmasked.gather(1, evaluated), 0)
     return logps.new_zeros(unmasked.shape).scatter(1, evaluated, logps), unmasked
 
@@ -401,11 +403,11 @@ def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low
 def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy || reference) per token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho. Elementwise.
 
-    rho = exp(logp - old_logp) corrects for tokens drawn from the old policy, and has its gradient (DeepSeek-V3.2, arXiv
-    2512.02556). Never negative, 0 where the policies agree. That theta also changes the states is not differentiated.
+    rho = exp(logp - old_logp) corrects for tokens that the old policy drew; its gradient counts (DeepSeek-V3.2, arXiv
+    2512.02556). Never negative, 0 where the policies agree. How theta changes which states are visited is left out.
     """
     d = ref_logp - logp
-    return (logp - old_logp).exp() * (d.exp() - d - 1)
+    return (logp - old_logp).exp() * (d.expm1() - d)
 
 
 # ===== 4. Gradient: the amortized policy gradient, grad J =============================================================
@@ -430,11 +432,12 @@ def policy_gradient(
         raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
     metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
-    size = advantage.abs() + beta
-    if not size.any():
+    length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
+    magnitude = (advantage.abs() + beta) / length
+    if not magnitude.any():  # no advantage: no gradient, so no pass
         return metrics
-    rows, steps, weights = draw_pairs(rollout.num_steps, size, k, proposal, generator)  # (N,) each
-    weights = weights / (B * (rollout.num_steps.cpu()[rows] if length_norm == "sequence" else T))
+    rows, steps, weights = draw_pairs(rollout.num_steps, magnitude, k, proposal, generator)  # (N,) each
+    weights = (weights / (B * length.cpu()[rows])).to(rollout.logp.dtype)
 
     seen = []
     for start in range(0, len(rows), micro_batch):
@@ -447,7 +450,7 @@ def policy_gradient(
             with torch.no_grad():
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             kl = kl_penalty(logp, old_logp, ref_logp)
-        loss = -(w[:, None].to(logp) * (objective - beta * kl) * unmasked).sum()
+        loss = -(w[:, None] * (objective - beta * kl) * unmasked).sum()
         loss.backward()
         metrics["loss"] += loss.item()
         seen.append(torch.stack([logp - old_logp, A.expand_as(logp), kl])[:, unmasked].detach())
@@ -455,7 +458,11 @@ def policy_gradient(
     log_ratio, A, kl = torch.cat(seen, 1)  # (tokens,) each
     ratio = log_ratio.exp()
     clipped = ((ratio < 1 - eps_low) & (A < 0)) | ((ratio > 1 + eps_high) & (A > 0))
-    means = {"clip_ratio": clipped.double().mean(), "approx_kl": (ratio - 1 - log_ratio).mean(), "kl": kl.mean()}
+    means = {
+        "clip_ratio": clipped.to(ratio).mean(),
+        "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+        "kl": kl.mean(),
+    }
     return metrics | {name: float(mean) for name, mean in means.items()}
 
 
@@ -470,15 +477,15 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     (start, history), count = load_training_state(run, optimizer), args.prompts_per_update
     track = tracker(args, start)
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
-    model.train(args.gradient_checkpointing)  # it works in training mode only; there is no dropout
+    model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
     order = []
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
     bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=no_bar())
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
-        prompts = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
-        batch, texts, rollout = generate(model, tokenizer, mask_id, task, prompts, args, (args.seed, "rollout", update))
+        chosen = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
+        batch, texts, rollout = generate(model, tokenizer, mask_id, task, chosen, args, (args.seed, "rollout", update))
 
         diverged = FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
         if not rollout.logp.isfinite().all():
@@ -493,12 +500,15 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
         # Timesteps: drawn more often where more can be learned.
         proposal = defensive_proposal(surprise(rollout), rollout.num_steps)
-        rngs = [seeded_generator("cpu", args.seed, update, i, rank()) for i in range(args.updates_per_rollout)]
-        views, length_norm = [rollout] * len(rngs), {"agrpo": args.length_norm, "diffu_grpo": "constant"}[args.method]
-        if args.method == "diffu_grpo":
+        rngs = [
+            seeded_generator("cpu", args.seed, "timesteps", update, i, rank()) for i in range(args.updates_per_rollout)
+        ]
+        views, length_norm = [rollout] * len(rngs), args.length_norm
+        if args.method != "agrpo":
+            length_norm = "constant"
             views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
 
-        # Updates: the first is on the policy that sampled; the others are not, which is what clipping is for.
+        # Optimizer steps: the first is on the policy that sampled; the others are not, which is what clipping is for.
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
         for i, view in enumerate(views):
@@ -518,7 +528,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                 raise diverged
             optimizer.step()
 
-        # Metrics.
+        # Metrics; those of the gradient are the last optimizer step's.
         done, std, tokens = update + 1, rewards.view(-1, args.group_size).std(1), (rollout.step >= 0).sum()
         metrics = {"update": done} | mean_over_ranks(metrics | {
             "reward": rewards.mean(), "reward_std": std.mean(), "frac_reward_zero_std": (std < 1e-6).float().mean(),
@@ -533,13 +543,11 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             file.write(json.dumps(metrics) + "\n")
         track(metrics)
         if metrics.get("eval_accuracy", 0) > max((row.get("eval_accuracy", 0) for row in history), default=0):
-            save_model(model, tokenizer, run / "best.part")
-            shutil.rmtree(run / "best", ignore_errors=True)
-            (run / "best.part").rename(run / "best")
+            save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write(
-                "Nothing to learn from: all rewards of a group are equal. Look; try --answer_format boxed, no tags"
+                "Nothing to learn from: all rewards of a group are equal. --answer_format boxed asks for no tags."
             )
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
@@ -552,11 +560,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_training_state(run, done, model, tokenizer, optimizer)
     if rank() == 0:
         draw_curves(history)
-    if (run / "best").exists():
         best = max(history, key=lambda row: row.get("eval_accuracy", 0))
-        print(
-            "  {run}/best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(run=run, **best)
-        )
+        if best.get("eval_accuracy"):
+            print(f"  {run}/best is update {best['update']}, with accuracy {best['eval_accuracy']:.3f} in evaluation")
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
@@ -600,7 +606,7 @@ def one_step_view(
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
-    view.entropy = torch.zeros_like(rollout.logp)  # T, its width, is C here
+    view.entropy = torch.zeros_like(rollout.logp)  # its width is T for policy_gradient: here C, for a mean over tokens
     if not on_policy:
         rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
         logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
@@ -623,7 +629,7 @@ def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 checkpoints = lambda run: sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))  # oldest first
-newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # of a run
+newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
@@ -638,12 +644,10 @@ def mean_over_ranks(metrics: dict) -> dict[str, float]:
 
 
 def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> None:
-    """Write run/checkpoint-N, keep the newest two. It is renamed when whole: a killed process leaves no half of one."""
-    aside, state = run / "checkpoint.part", optimizer.state_dict()["state"]
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(model, tokenizer, aside)
-    save_file({f"{i} {name}": x for i in state for name, x in state[i].items()}, aside / "optimizer.safetensors")
-    aside.rename(run / f"checkpoint-{update}")
+    """Write run/checkpoint-N, keep the newest two."""
+    state = optimizer.state_dict()["state"]
+    flat = {f"{i} {name}": tensor for i in state for name, tensor in state[i].items()}
+    save_model(model, tokenizer, run / f"checkpoint-{update}", flat)
     for old in checkpoints(run)[:-2]:
         shutil.rmtree(old)
 
@@ -672,7 +676,7 @@ def draw_curves(history: list[dict], width: int = 64, height: int = 8) -> None:
     for name in ("reward", "accuracy"):
         means = [sum(row[name] for row in part) / len(part) for part in parts]
         for x, mean in enumerate(means):
-            lines[round((1 - mean / max(*means, 1e-9)) * (height - 1))][x] = name[0]
+            lines[round((1 - max(mean, 0) / max(*means, 1e-9)) * (height - 1))][x] = name[0]
         legend += f"; {name[0]}: {name}, 0 to {max(means):.2f}"
     print("", *("  |" + "".join(line) for line in lines), legend, sep="\n", flush=True)
 
@@ -700,18 +704,17 @@ class Task:
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
         """Examples of split "train" or "test": from --data, made here (what --data lacks too), or from the hub."""
-        if self.create and not (args.data and (split == "test" or any(Path(args.data).glob("train*")))):
+        lacks = lambda folder: split == "train" and folder.exists() and not any(folder.rglob("train*"))
+        if self.create and (not args.data or lacks(Path(args.data))):
             return self.create(split, args.seed)
         return read_rows(args.data or self.hub[split], split, self.columns)
 
     def prompt(self, example: dict, tokenizer) -> str:
         if not tokenizer.chat_template:
             return (self.plain or self.question).format(**example)
-        chat, options = (
-            [{"role": "user", "content": self.question.format(**example)}],
-            {"enable_thinking": False},
-        )  # Qwen3
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)
+        chat = [{"role": "user", "content": self.question.format(**example)}]
+        options = {"add_generation_prompt": True, "enable_thinking": False}  # the latter is Qwen3's
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
         """(reward, whether the answer is right): 3 for a right answer, partial credit, 0.5 for each pair of tags."""
@@ -965,13 +968,14 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     return model.to(device).eval(), tokenizer, mask_id
 
 
+FULL = {"is_causal": False, "use_cache": False}  # all tokens see each other
 MODELS = {  # model_type: classes of transformers, and what the config needs besides
     "bert": (hf.BertForMaskedLM, hf.AutoTokenizer, {}),
-    "Dream": (hf.Qwen2ForCausalLM, hf.Qwen2Tokenizer, {"is_causal": False, "use_cache": False, "logits_shift": 1}),
-    "llada": (hf.LlamaForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
-    "a2d-llama": (hf.LlamaForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
-    "a2d-qwen2": (hf.Qwen2ForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
-    "a2d-qwen3": (hf.Qwen3ForCausalLM, hf.AutoTokenizer, {"is_causal": False, "use_cache": False}),
+    "llada": (hf.LlamaForCausalLM, hf.AutoTokenizer, FULL),
+    "Dream": (hf.Qwen2ForCausalLM, hf.Qwen2Tokenizer, FULL | {"logits_shift": 1}),
+    "a2d-llama": (hf.LlamaForCausalLM, hf.AutoTokenizer, FULL),
+    "a2d-qwen2": (hf.Qwen2ForCausalLM, hf.AutoTokenizer, FULL),
+    "a2d-qwen3": (hf.Qwen3ForCausalLM, hf.AutoTokenizer, FULL),
 }
 LLADA_CONFIG = {  # Llama's name: LLaDA's
     "hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
@@ -1038,7 +1042,9 @@ def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None
 def load_lora(model, folder: Path) -> None:
     """Put a saved adapter's LoRA on its base."""
     adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
-    if not file.exists() or any(adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern")):
+    if not file.exists() or any(
+        adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    ):
         raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read")
     weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
     for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
@@ -1059,20 +1065,27 @@ def merge_lora(model):
     return model.requires_grad_(True)
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with."""
-    folder, layers = Path(folder), {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    tokenizer.save_pretrained(folder)
+def save_model(model, tokenizer, folder: Path, optimizer: dict[str, Tensor] | None = None) -> None:
+    """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with. The
+    folder is renamed when it is whole, in the place of an older one: a killed process leaves no half of one."""
+    folder, aside = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer.save_pretrained(aside)
     if layers:
         weights = {PEFT + name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-        save_file(weights, folder / "adapter_model.safetensors")
+        save_file(weights, aside / "adapter_model.safetensors")
         layer, base = next(iter(layers.values())), {"base_model_name_or_path": model.name_or_path}
         config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "target_modules": sorted(layers)} | base
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-        return
-    model.save_pretrained(folder)
-    if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
-        (folder / "config.json").write_text(json.dumps(model.raw_config, indent=1))
+        (aside / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    else:
+        model.save_pretrained(aside)
+        if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
+            (aside / "config.json").write_text(json.dumps(model.raw_config, indent=1))
+    if optimizer:
+        save_file(optimizer, aside / "optimizer.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def tiny_model(device, dtype):
@@ -1169,7 +1182,7 @@ class Settings:
     pretrain_steps: int = option(400, "steps of pretraining the tiny model")
 
 
-RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU
+RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
     "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
@@ -1189,9 +1202,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     if first.resume:
         file = Path(first.resume) / "settings.json"
-        if not file.is_file():
+        if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
-        saved = json.loads(file.read_text() or "{}") | {"resume": first.resume, "output_dir": first.resume}
+        saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
         saved = {name: value for name, value in saved.items() if hasattr(first, name)}  # another version had others
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
@@ -1265,7 +1278,9 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
     if stage != "base":
         base, trained = results["base"]["greedy"], results[stage]["greedy"]
         few = list(trained)[len(trained) // 2]
-        enough = min((int(steps) for steps in base if base[steps] >= trained[few]), default="more than that")
+        enough = min(
+            (int(steps) for steps in base if base[steps] >= trained[few]), default=f"over {max(args.eval_steps)}"
+        )
         print(f"\n  Greedy, {stage} in {few} steps: {trained[few]:.3f}; base needs {enough} for that")
     print(flush=True)
 
@@ -1278,7 +1293,7 @@ def run_training(args: Settings) -> None:
     examples = [example for example in examples if task.question.format(**example) not in tested]
     if not examples:
         raise BadInput(f"all {many} training examples are test examples too")
-    torch.manual_seed(args.seed)  # for the weights that begin at random
+    torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
     half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
@@ -1293,9 +1308,9 @@ def run_training(args: Settings) -> None:
         if rank() == 0 and not (run / "base").exists():
             pairs = [example.values() for example in sudoku_create("pretrain", args.seed)]
             pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
-            save_model(model, tokenizer, run / "base.part")
-            (run / "base.part").rename(run / "base")
-        mean_over_ranks({"wait": 0})
+            save_model(model, tokenizer, run / "base")
+        if world_size() > 1:
+            dist.barrier()
         model, _, _ = load_model(str(run / "base"), args.device)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)
 

@@ -75,8 +75,8 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
 
 
 def as_released(task: str, example: dict, text: str, correct: bool) -> float:
-    """What the official release counts, 0 to 1. It takes the first <answer>, or everything; of that GSM8K's first run of
-    digits, in the first box if there is one; Countdown's last line with "="; the share of Sudoku's blanks that are as
+    """What the official release counts, 0 to 1. It takes the first <answer>, or everything; of GSM8K the first run of
+    digits in the first box if there is one; Countdown's last line with "="; the share of Sudoku's blanks that are as
     in the given solution, though there may be others. For MATH: what we count."""
     block = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
     text = block[1] if block else text
