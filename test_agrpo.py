@@ -520,7 +520,7 @@ def test_nothing_is_wasted():
 
 
 def test_passes_go_where_there_is_most_to_learn():
-    """Rows of large advantage get all of their steps, those of small advantage few; the proposal decides within a row."""
+    """Rows of large advantage get all of their steps, the others few; within a row the proposal decides."""
     e, rows, steps = enumerate_trajectories("blocks, no EOS"), [], []
     A = torch.where(torch.arange(len(e.probability)) < 10, 1.0, 1e-4).double()
     spy = lambda model, rollout, r, t, **more: (
@@ -692,7 +692,7 @@ def plain_draw(stratified: bool, k: int, proposal: Tensor, _, rng: torch.Generat
 
 
 def systematic_draw(whole: bool, k: int, proposal: Tensor, advantage: Tensor, rng: torch.Generator) -> Tensor:
-    """Our draws: k in each row; or, as in `policy_gradient`, from all rows as if they were one, large advantages first."""
+    """Our draws: k in each row; or, as in `policy_gradient`, from all rows as if they were one, times |A|."""
     lengths, drawn = torch.full((len(proposal),), proposal.shape[1]), torch.zeros_like(proposal)
     if whole:
         rows, steps, weights = agrpo.draw_pairs(lengths, advantage.abs(), k, proposal, rng)
@@ -1531,25 +1531,24 @@ def test_the_best_checkpoint_is_kept(half_known):
         assert f"best is update {1 + accuracy.index(max(accuracy))}, with accuracy {max(accuracy):.3f}" in printed
 
 
-AS_RELEASED = {  # what the release counts as right: whether or not we do
-    "gsm8k": ("5", {1: "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
-        "<answer>\\boxed{x5}</answer>|05 or 5".replace("05 or 5", "5!") + "|is $5$|5/2", 0: "1,234|6 5|<answer>five</answer> 5|"
-        "\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||\\boxed{} 5 6 \\boxed{5}|٥"}),
-    "countdown": ({"numbers": "30,100,93", "target": "23"}, {1: "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23",
-        0: "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"}),
+AS_RELEASED = {  # task: an example, what the release counts as right and as wrong, whether or not we do; | between
+    "gsm8k": ({"gold": "5"},
+        ("5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|5!|"
+         "5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|<answer>6 \\boxed{5}</answer>"),
+        ("1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|"
+         "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5|x|0.5")),
+    "countdown": ({"numbers": "30,100,93", "target": "23"},
+        "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23",
+        "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"),
 }  # fmt: skip
 
 
 def test_as_released_is_what_the_release_counts():
-    gold, answers = AS_RELEASED["gsm8k"]
-    for share, texts in answers.items():
-        for text in texts.split("|"):
-            assert curve.as_released("gsm8k", {"gold": gold}, text, None) == share, text
+    for task, (example, *answers) in AS_RELEASED.items():
+        for right, texts in zip((1, 0), answers):
+            for text in texts.split("|"):
+                assert curve.as_released(task, example, text, None) == right, text
     assert curve.as_released("gsm8k", {"gold": "1,234"}, "1234", None) == 1
-    example, answers = AS_RELEASED["countdown"]
-    for share, texts in answers.items():
-        for text in texts.split("|"):
-            assert curve.as_released("countdown", example, text, None) == share, text
     blanks, example = PUZZLE.count("0"), {"puzzle": PUZZLE, "solution": GRID}
     for text, right in (GRID, blanks), ("", 0), (f"<answer>{GRID}</answer> 1", blanks), ("4" * 16, 1), (GRID[:4], 2):
         assert curve.as_released("sudoku", example, text, None) == pytest.approx(right / blanks), text
