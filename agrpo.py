@@ -474,7 +474,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    (start, history), count = load_training_state(run, optimizer), args.prompts_per_update
+    start, history = load_training_state(run, optimizer)
+    count, optimizer_steps = args.prompts_per_update, args.updates_per_rollout
     track = tracker(args, start)
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
@@ -486,7 +487,6 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
         batch, texts, rollout = generate(model, tokenizer, mask_id, task, chosen, args, (args.seed, "rollout", update))
-
         diverged = FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
         if not rollout.logp.isfinite().all():
             raise diverged
@@ -500,9 +500,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
         # Timesteps: drawn more often where more can be learned.
         proposal = defensive_proposal(surprise(rollout), rollout.num_steps)
-        rngs = [
-            seeded_generator("cpu", args.seed, "timesteps", update, i, rank()) for i in range(args.updates_per_rollout)
-        ]
+        rngs = [seeded_generator("cpu", args.seed, "timesteps", update, i, rank()) for i in range(optimizer_steps)]
         views, length_norm = [rollout] * len(rngs), args.length_norm
         if args.method != "agrpo":
             length_norm = "constant"
@@ -558,7 +556,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done % args.save_every == 0 or done == args.max_steps:
             save_training_state(run, done, model, tokenizer, optimizer)
-    if rank() == 0:
+    if rank() == 0 and history:
         draw_curves(history)
         best = max(history, key=lambda row: row.get("eval_accuracy", 0))
         if best.get("eval_accuracy"):
@@ -921,9 +919,9 @@ TASKS = {
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
 
-    name_or_path: "tiny" (not trained yet), a LLaDA or Dream checkpoint (hub id or folder), or what this file saved: a
-    run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama and Dream a Qwen2, both
-    without the causal mask, so transformers' own classes hold them and no remote code runs.
+    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file saved:
+    a run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama, Dream a Qwen2, A2D a Qwen3, Qwen2 or Llama, all
+    without the causal mask: transformers' own classes hold them, and no remote code runs.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
@@ -941,9 +939,7 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
         raise BadInput(f"{name} is a {kind!r} model; this file knows {', '.join(MODELS)}")
     windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
     if windows or re.search("bd3lm|tide|opdlm", name.lower()):
-        raise BadInput(
-            f"{name}: its attention is causal between blocks, or in a window; here all tokens see each other"
-        )
+        raise BadInput(f"{name}: causal between blocks, or attention in a window; here all tokens see each other")
     model_class, tokenizer_class, extra = MODELS[kind]
     own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
     keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
@@ -1259,7 +1255,7 @@ def check_settings(args: Settings) -> None:
     if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
         raise BadInput("--group_size is at least 2; processes share an update by whole --rollout_batch of whole groups")
     if args.model == "tiny" and args.task != "sudoku":
-        raise BadInput("--model tiny knows only sudoku; give a LLaDA or Dream checkpoint")
+        raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         raise BadInput(f"--report_to {args.report_to} needs pip install {args.report_to}")
 
