@@ -2,6 +2,7 @@
 
     python agrpo.py                          train a tiny model on 4x4 Sudoku: minutes on a CPU, nothing to download
     python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (or math, countdown)
+    python agrpo.py --task gsm8k --model qwen3-0.6b       the same with 0.6 billion weights, on a GPU of 24 GB
     torchrun --nproc_per_node 8 agrpo.py --task gsm8k
     python agrpo.py --resume RUN             go on with a run; other options given here override its own
     python agrpo.py --task gsm8k --help      every setting, with its default for that task
