@@ -9,14 +9,15 @@
 
 AGRPO is Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Policy Gradients for Reasoning with
 Diffusion Language Models", ICML 2026, arXiv 2510.04019v2). A masked diffusion language model predicts the masked tokens
-of a completion. Generation starts from masks only; each of T steps unmasks a few positions, whose tokens are drawn
-independently, block by block from the left, until a whole block is EOS. This is a Markov decision process. AGRPO is
+of a completion. Generation starts from masks only and goes block by block from the left: each of T steps unmasks a few
+positions of the block and draws their tokens independently, until a whole block is EOS. This is a Markov decision
+process. AGRPO is
 GRPO (arXiv 2402.03300) on it, and maximizes over B completions
 
     J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
-Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k << T of them are drawn, and
-weighted so that they stand for all in expectation.
+Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k << T of them are drawn, each
+weighted by 1 / its probability of being drawn.
 
 Letters, and the words for them in the code (i is a row, j a position; the paper writes m for T):
 
@@ -24,7 +25,7 @@ Letters, and the words for them in the code (i is a row, j a position; the paper
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
     T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per row, on average
-    L_i        T_i for length_norm "sequence" (as GRPO counts tokens), or T       tau  temperature
+    L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
 
@@ -32,9 +33,9 @@ Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
     over the draw of steps    for the gradient of J, always
     over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T, beta is 0,
                               advantages are not scaled, and it is the first optimizer step on these rollouts
-                              (the ids that top-k and top-p keep count as given)
+                              (the sets of ids that top-k and top-p keep are treated as constants)
 
-A random order carries no parameters, so the likelihood that a policy gradient needs is an exact sum:
+A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
@@ -46,8 +47,9 @@ Whose is what?
     the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; its settings
                           are RELEASE, in section 8
     this file's own       steps drawn from all rows of a batch as if they were one, without replacement, more where
-                          |A_i| and `surprise` are large; rho of the first update exactly 1; every sampled token counts
-                          (the official code drops those behind the last non-EOS token, and so terms of the gradient)
+                          |A_i| and `surprise` (1 - p of the tokens) are large; rho of the first optimizer step exactly
+                          1; every sampled token counts (the official code drops those behind the last non-EOS token,
+                          and so terms of the gradient)
 """
 
 import ast
@@ -92,7 +94,7 @@ class Rollout:
     logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) float32, nats, summed over the positions that each step unmasked
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, the ids that top-k and top-p left, then -1; 0 where step is -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, padded with -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     if model.training and any("drop" in name and p for name, p in vars(model.config).items()):
         raise ValueError("dropout is on, so that no two passes agree: call model.eval()")
     if attention_mask is not None:
-        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)
+        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
     # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
     input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
     real, options = input_ids >= 0, {}
@@ -151,7 +153,7 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
         logits = without_mask(at_least_float32(logits), mask_id)
     else:
         logits = at_least_float32(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
-    return (logits / (temperature or 1.0)).log_softmax(-1)  # at temperature 0 one id is kept: any divisor will do
+    return (logits / (temperature or 1.0)).log_softmax(-1)  # at temperature 0 one id is kept, whose log p is 0
 
 
 at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
@@ -185,8 +187,8 @@ def sample(
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi + const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others are masked again.
     temperature 0 is greedy. A row has ended when its whole block is EOS: it leaves the batch and takes no further steps
-    (with eos_id None, never). Of several EOS tokens any will do; the last fills up what has ended. mask_id is never
-    sampled. Raises ValueError for settings that do not fit together.
+    (with eos_id None, never). Of several EOS tokens a block may have any; the last of them fills up what has ended.
+    mask_id is never sampled. Raises ValueError for settings that do not fit together.
     """
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
@@ -253,16 +255,17 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     num_steps (B,) int64. proposal (B, T) nonnegative, of any scale, positive on each row's own steps; None = uniform.
     generator on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
-    inclusion(t), the probability that step t is drawn, is k times its share of the proposal; a step weighs 1/inclusion
-    (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8, which end to end fill [0, k):
+    inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
+    weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8, which end to
+    end fill [0, k):
 
         0   .2       .6           1.2            2
         | 0 |   1    |     2      |       3      |
 
     Points at x and 1 + x, x uniform on [0, 1), hit each step as often as its length says, none twice (systematic
     sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8.
-    An inclusion is at most 1; what it would have beyond that goes to the row's other steps. So a row of at most k steps
-    gets each of them once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
+    What an inclusion would have beyond 1 goes to the row's other steps. So a row of at most k steps gets each of them
+    once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
     Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that its row has taken.
     """
     if k < 1:
@@ -303,7 +306,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
     active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
     rows = active[which]
-    # Rotate each row's steps by a random offset: else equal rows, at equal distances, would all draw the same steps.
+    # Points are one unit apart, so equal rows would be hit at the same place; a random rotation of each prevents that.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
@@ -346,7 +349,7 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
     state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
 
     n = int(unmasked.sum(1).max())  # a step that unmasked fewer than n tokens is filled up with other positions
-    evaluated = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n)
+    evaluated = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n), those unmasked first
     attention_mask = torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
     logits = logits_at(model, torch.cat([prompt, state], 1), attention_mask, P + evaluated)  # (N, n, V)
 
@@ -362,7 +365,7 @@ def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature:
     """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
 
     Exact for rows with num_steps <= k. proposal and generator as in `draw_timesteps`. Training does not call this:
-    `policy_gradient` puts the clipped objective in the place of log p, with the same steps and weights.
+    `policy_gradient` sums the clipped objective in place of log p, over the draws of `draw_pairs`.
     """
     steps, weights = draw_timesteps(rollout.num_steps, k, proposal, generator)
     row, draw = weights.nonzero(as_tuple=True)  # (N,) each: one flat list of (row, step) pairs
@@ -404,8 +407,9 @@ def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low
 def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy || reference) per token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho. Elementwise.
 
-    rho = exp(logp - old_logp) corrects for tokens that the old policy drew; its gradient counts (DeepSeek-V3.2, arXiv
-    2512.02556). Never negative, 0 where the policies agree. How theta changes which states are visited is left out.
+    rho = exp(logp - old_logp) corrects for tokens that the old policy drew; gradients flow through it too
+    (DeepSeek-V3.2, arXiv 2512.02556). Never negative, 0 where the policies agree. That theta changes the states visited
+    is left out.
     """
     d = ref_logp - logp
     return (logp - old_logp).exp() * (d.expm1() - d)
@@ -421,11 +425,11 @@ def policy_gradient(
 ) -> dict[str, float]:  # fmt: skip
     """Add to .grad the gradient of -J (see the top of this file), estimated from k steps a row by `draw_pairs`.
 
-    advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1 and has its
-    gradient. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0. proposal
-    and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are in
-    memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, plain means
-    over the tokens evaluated. Raises ValueError for another length_norm, and for beta > 0 without ref_model.
+    advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1, with the
+    gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0.
+    proposal and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are
+    in memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, plain
+    means over the tokens evaluated. Raises ValueError for another length_norm, and for beta > 0 without ref_model.
     """
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
@@ -546,7 +550,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write(
-                "Nothing to learn from: all rewards of a group are equal. --answer_format boxed asks for no tags."
+                "Nothing to learn from: all rewards of a group are equal. Try --answer_format boxed, without tags"
             )
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
@@ -556,7 +560,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             verdict = "right" if right[0] else "wrong"
             bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done % args.save_every == 0 or done == args.max_steps:
-            save_training_state(run, done, model, tokenizer, optimizer)
+            save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
+            for old in checkpoints(run)[:-2]:
+                shutil.rmtree(old)
     if rank() == 0 and history:
         draw_curves(history)
         best = max(history, key=lambda row: row.get("eval_accuracy", 0))
@@ -617,7 +623,8 @@ def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
     """What takes an update's metrics where --report_to says; a resumed run goes on where its checkpoint was made."""
     if rank() == 0 and args.report_to == "wandb":
         wandb, name = importlib.import_module("wandb"), Path(args.output_dir).name
-        run = wandb.init(project="agrpo", name=name, id=name, resume="allow", config=asdict(args))
+        unique = re.sub(r"\W", "-", str(Path(args.output_dir).resolve()))[-64:]
+        run = wandb.init(project="agrpo", name=name, id=unique, resume="allow", config=asdict(args))
         return lambda metrics: run.log(metrics, step=metrics["update"])
     if rank() == 0 and args.report_to == "tensorboard":
         board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=start + 1)
@@ -627,7 +634,8 @@ def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
 
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
-checkpoints = lambda run: sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))  # oldest first
+number = lambda folder: int(folder.name[11:] if folder.name[11:].isdigit() else -1)
+checkpoints = lambda run: sorted((x for x in run.glob("checkpoint-*") if number(x) >= 0), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
@@ -642,21 +650,12 @@ def mean_over_ranks(metrics: dict) -> dict[str, float]:
     return dict(zip(metrics, (values / world_size()).tolist()))
 
 
-def save_training_state(run: Path, update: int, model, tokenizer, optimizer) -> None:
-    """Write run/checkpoint-N, keep the newest two."""
-    state = optimizer.state_dict()["state"]
-    flat = {f"{i} {name}": tensor for i in state for name, tensor in state[i].items()}
-    save_model(model, tokenizer, run / f"checkpoint-{update}", flat)
-    for old in checkpoints(run)[:-2]:
-        shutil.rmtree(old)
-
-
 def load_training_state(run: Path, optimizer) -> tuple[int, list[dict]]:
     """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it; return the updates made so far and
     their metrics."""
     done, state, log = 0, {}, run / "metrics.jsonl"
     for folder in checkpoints(run)[-1:]:
-        done = int(folder.name[11:])
+        done = number(folder)
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split()
             state.setdefault(int(i), {})[name] = tensor
@@ -765,7 +764,7 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
     for number, row in enumerate(table.to_list(), start=1):
         rows.append({})
         for key, (column, pattern) in columns.items():
-            value = next((row[name] for name in column.split("|") if row.get(name)), "")
+            value = next((row[name] for name in column.split("|") if row.get(name) is not None), "")
             match = re.fullmatch(pattern, str(value).strip(), re.DOTALL)
             if not match:
                 raise BadInput(f"--data {files[0]}, row {number}: no {column} like {pattern} in {row!r:.100}")
@@ -920,9 +919,9 @@ TASKS = {
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
 
-    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file saved:
-    a run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama, Dream a Qwen2, A2D a Qwen3, Qwen2 or Llama, all
-    without the causal mask: transformers' own classes hold them, and no remote code runs.
+    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file
+    saved: a run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama, Dream a Qwen2, A2D a Qwen3, Qwen2 or
+    Llama, all without the causal mask: transformers' own classes hold them, and no remote code runs.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
@@ -939,7 +938,7 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     if kind not in MODELS:
         raise BadInput(f"{name} is a {kind!r} model; this file knows {', '.join(MODELS)}")
     windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
-    if windows or re.search("bd3lm|tide|opdlm", name.lower()):
+    if windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):
         raise BadInput(f"{name}: causal between blocks, or attention in a window; here all tokens see each other")
     model_class, tokenizer_class, extra = MODELS[kind]
     own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
@@ -1007,8 +1006,9 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
         reason, option = str(error).splitlines()[0], "--model" if kind == "model" else "--data"
-        advice = f"give {option} FOLDER, or run plain `python agrpo.py`"
-        raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
+        raise BadInput(
+            f"{name}: no such file or folder, and no {kind} on the hub ({reason}); give {option} FOLDER"
+        ) from None
 
 
 class LoRALinear(torch.nn.Module):
@@ -1062,7 +1062,7 @@ def merge_lora(model):
     return model.requires_grad_(True)
 
 
-def save_model(model, tokenizer, folder: Path, optimizer: dict[str, Tensor] | None = None) -> None:
+def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
     """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with. The
     folder is renamed when it is whole, in the place of an older one: a killed process leaves no half of one."""
     folder, aside = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
@@ -1080,7 +1080,9 @@ def save_model(model, tokenizer, folder: Path, optimizer: dict[str, Tensor] | No
         if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
             (aside / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     if optimizer:
-        save_file(optimizer, aside / "optimizer.safetensors")
+        state = optimizer.state_dict()["state"]
+        state = {f"{i} {name}": tensor for i in state for name, tensor in state[i].items()}
+        save_file(state, aside / "optimizer.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -1133,9 +1135,7 @@ class Settings:
 
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
     model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
-    answer_format: Literal["tags", "boxed"] = option(
-        "tags", "boxed: gsm8k and math do not ask for tags, only for a box"
-    )
+    answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or only for a box")
     data: str | None = option(None, "your data: a file to test on, a folder of train.* and test.*, or a hub id")
     output_dir: str | None = option(None, "the run's folder; default: a new one in runs/")
     resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
@@ -1285,13 +1285,16 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
 def run_training(args: Settings) -> None:
     """Load, measure, train, measure."""
     began, task, run, results = time.time(), task_of(args), Path(args.output_dir), {}
-    examples, test = task.examples("train", args), task.examples("test", args)[: args.eval_examples or None]
+    examples, test = (task.examples(split, args) for split in ("train", "test"))
     tested, many = {task.question.format(**example) for example in test}, len(examples)
     examples = [example for example in examples if task.question.format(**example) not in tested]
+    test = test[: args.eval_examples or None]
     if not examples:
         raise BadInput(f"all {many} training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
-    half = args.device == "cuda" and args.lora_rank > 0  # frozen weights in bfloat16; those trained are in float32
+    half = (
+        torch.device(args.device).type == "cuda" and args.lora_rank > 0
+    )  # frozen weights in bfloat16; those trained are in float32
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:

@@ -1451,7 +1451,7 @@ def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypat
     monkeypatch.setattr(agrpo.hub, "snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
     for task, option in ("gsm8k", "--data"), ("countdown", "--model"):
         said = refusal(f"--task {task} --device cpu --output_dir {tmp_path}/run")
-        assert all(words in said for words in ("(no route)", f"{option} FOLDER", "python agrpo.py"))
+        assert all(words in said for words in ("(no route)", f"give {option} FOLDER"))
 
 
 # ===== 8. eval.py and the README ======================================================================================
@@ -1533,8 +1533,9 @@ def test_the_best_checkpoint_is_kept(half_known):
 
 AS_RELEASED = {  # task: an example, what the release counts as right and as wrong, whether or not we do; | between
     "gsm8k": ({"gold": "5"},
-        ("5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|5!|"
-         "5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|<answer>6 \\boxed{5}</answer>"),
+        ("5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
+         "5!|5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|"
+         "<answer>6 \\boxed{5}</answer>"),
         ("1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|"
          "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5|x|0.5")),
     "countdown": ({"numbers": "30,100,93", "target": "23"},
