@@ -1162,7 +1162,7 @@ class Settings:
     top_k: int = option(0, "sample from so many most probable tokens; 0: from all")
     top_p: float = option(1.0, "sample from the most probable that make up this probability")
 
-    learning_rate: float = option(1e-3, "AdamW's, before warm-up and cosine decay to 0")
+    learning_rate: float = option(7e-4, "AdamW's, before warm-up and cosine decay to 0")
     warmup_steps: int = option(20, "updates in which the learning rate rises")
     lora_rank: int = option(0, "r of LoRA on all linear layers but the head; 0: train all weights")
     lora_alpha: float = option(64.0, "alpha of LoRA")
@@ -1176,7 +1176,7 @@ class Settings:
     show_every: int = option(40, "updates between completions printed; 0: none")
     save_every: int = option(40, "updates between checkpoints; the newest two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
-    pretrain_steps: int = option(400, "steps of pretraining the tiny model")
+    pretrain_steps: int = option(600, "steps of pretraining the tiny model")
 
 
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
