@@ -847,7 +847,7 @@ def arithmetic(expression: str) -> Fraction | None:
 def boxed(text: str) -> str | None:
     r"""What the only \boxed{...} of a text holds, with up to two braces inside one another."""
     found = re.findall(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text)
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == text.count("\\boxed{") == 1 else None
 
 
 SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐‑‒–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}

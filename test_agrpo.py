@@ -532,6 +532,8 @@ def test_passes_go_where_there_is_most_to_learn():
     rows, steps = torch.cat(rows), torch.cat(steps)
     assert len(rows) == len(A) and (rows < 10).sum() >= 30 and (steps[rows >= 10] == 1).sum() <= 2
     assert torch.bincount(steps[rows >= 10], minlength=4)[[0, 2, 3]].min() > len(A) / 5
+    rows, steps, _ = agrpo.draw_pairs(torch.full((64,), 16), torch.ones(64), 1, generator=seeded(0))
+    assert rows.tolist() == list(range(64)) and len({*steps.tolist()}) > 8  # equal rows do not all draw the same step
 
 
 @lru_cache
@@ -917,6 +919,8 @@ def test_a_run_pretrains_measures_trains_and_saves(short_run):
     names = "update loss reward reward_std frac_reward_zero_std accuracy completion_length entropy approx_kl kl "
     assert all({*words(names, "learning_rate")} <= line.keys() for line in lines) and len(lines) == 4
     assert all(0 < line["reward"] < 1 and line["grad_norm"] > 0 and line["clip_ratio"] == 0 for line in lines)
+    rates = [7e-4 * (u + 1) / 20 * (1 + math.cos(math.pi * u / 4)) / 2 for u in range(4)]  # warm-up, cosine
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
     for stage, sampler in itertools.product(("base", "AGRPO"), ("as trained", "greedy")):
         assert results[stage][sampler].keys() == {"4"} and 0 <= results[stage][sampler]["4"] <= 1
     assert [path.name for path in agrpo.checkpoints(short_run)] == ["checkpoint-2", "checkpoint-4"]
@@ -953,6 +957,24 @@ def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(agrpo, "load_model", load)
     assert "File exists: 'mine/settings.json'" in refusal("--output_dir mine")
     assert "--resume mine" in refusal("--output_dir mine") and Path("mine/settings.json").read_text() == "{}"
+
+
+def test_each_epoch_has_every_example_once_and_gradients_are_clipped(short_run, monkeypatch):
+    """In another order each time; the norm of each gradient is at most 1."""
+    created, chosen, generate = TASKS["sudoku"].create, [], agrpo.generate
+    few = lambda split, seed: created(split, seed)[: 6 if split == "train" else None]
+
+    def spy(*args, **changes):
+        chosen.extend(example["puzzle"] for example in args[4][::4] if "rollout" in args[6])  # groups of 4
+        return generate(*args, **changes)
+
+    monkeypatch.setattr(agrpo, "generate", spy)
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few))
+    with mock.patch.object(torch.nn.utils, "clip_grad_norm_", wraps=torch.nn.utils.clip_grad_norm_) as clip:
+        run(SHORT, short_run.parent / "epochs", "--max_steps 6 --model", short_run / "base")
+    epochs = [chosen[:6], chosen[6:]]
+    assert len(chosen) == 12 and len({*chosen}) == 6 and {*epochs[0]} == {*epochs[1]} and epochs[0] != epochs[1]
+    assert [call.args[1] for call in clip.call_args_list] == [1.0] * 6
 
 
 def test_a_reward_that_is_not_finite_is_named(short_run, monkeypatch):
@@ -1086,7 +1108,7 @@ ANSWERS = {  # task: example, right answers, wrong answers
         *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99]),
     "gsm8k": ({"gold": "1,234"}, [
         *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km²"], [
-        "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
+        "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "\\boxed{1234} \\boxed{5", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
         "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"),
         *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
     "math": ({"solution": "So it is $\\boxed{42}$."}, ["\\boxed{42}", "It is \\boxed{\\frac{84}{2}}"], [
@@ -1634,12 +1656,11 @@ def test_slow_no_text_breaks_a_reward_or_cheats_it(name):
     for i in range(int(os.environ["SLOW"])):
         tagged = f"<reasoning>{pieces(2)}</reasoning>{pieces(1)}<answer>{pieces(3)}</answer>"
         text = (pieces(4) if i % 3 == 0 else tagged) * (10**4 if i % 100 == 0 else 1)
-        task = replace(TASKS[name], plain=None) if i % 2 else TASKS[name]
         began = time.perf_counter()
-        reward, is_right = task.grade(example, text)
+        reward, is_right = TASKS[name].grade(example, text)
         longest = max(longest, time.perf_counter() - began)
-        assert 0 <= reward <= 5 and (reward >= 3 or not is_right or task.plain)
-        assert not is_right or really_right(name, task.answer(text)), text
+        assert 0 <= reward <= 5 and (reward >= 3) == is_right
+        assert not is_right or really_right(name, agrpo.answer_in(text)), text
         rights[is_right] += 1
     print(f"{name}: {rights.total():,} texts, {rights[True]:,} right; longest {longest:.3f} s")
     assert rights[True] > 100 and longest < 4  # seconds; math-verify has up to three
