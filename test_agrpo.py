@@ -983,14 +983,14 @@ def test_a_reward_that_is_not_finite_is_named(short_run, monkeypatch):
 
 
 def test_special_tokens_other_than_eos_and_padding_are_text(monkeypatch):
-    """<answer> may be a token of its own: what the reward is computed on still has it."""
+    """<answer> may be a token of its own: what the reward is computed on still has it. EOS or padding ends it."""
     model, tokenizer, mask_id = agrpo.load_model("tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
-    ids = tokenizer("<answer>42")["input_ids"] + [tokenizer.eos_token_id, 5]
-    made = lambda *_, **options: Rollout(*[torch.tensor([ids])] * 7)
-    monkeypatch.setattr(agrpo, "sample", made)
-    _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
-    assert texts == ["<answer>42"]
+    for end in tokenizer.eos_token_id, tokenizer.pad_token_id:
+        ids = tokenizer("<answer>42")["input_ids"] + [end, 5]
+        monkeypatch.setattr(agrpo, "sample", lambda *_, ids=ids, **options: Rollout(*[torch.tensor([ids])] * 7))
+        _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
+        assert texts == ["<answer>42"]
 
 
 def test_kill_9_at_any_moment_loses_nothing(tmp_path):
