@@ -991,6 +991,10 @@ def test_special_tokens_other_than_eos_and_padding_are_text(monkeypatch):
         monkeypatch.setattr(agrpo, "sample", lambda *_, ids=ids, **options: Rollout(*[torch.tensor([ids])] * 7))
         _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
         assert texts == ["<answer>42"]
+    monkeypatch.undo()
+    one, settings = [{"puzzle": PUZZLE}], agrpo.Settings(rollout_batch=1)
+    _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, one * 3, settings, (0,))
+    assert len({*texts}) == 3  # each batch has noise of its own
 
 
 def test_kill_9_at_any_moment_loses_nothing(tmp_path):
