@@ -1049,6 +1049,7 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
     printed = run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
     assert "--learning_rate was 1e+30, is 0.0001 from here on" in printed and "--max_steps was 8, is 6" in printed
     assert [line["update"] for line in figures(folder)] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in agrpo.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]  # the newest two
 
 
 @pytest.mark.parametrize("how", ["--method diffu_grpo", "--beta 0.1", "--report_to tensorboard --eval_every 1"])
