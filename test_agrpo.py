@@ -1104,7 +1104,7 @@ def test_mistakes_are_one_sentence_before_anything_starts(wrong, short_run, tmp_
 
 PUZZLE, GRID, CHANGED = "0310200404001043", "4312213434211243", "1234341221434321"  # CHANGED: another puzzle's grid
 SIMPLE = "1234 1,234 $1,234.00 1234. \\boxed{1234} **1234** \\$1234 1234% 1{,}234 $1234$ 1234.000"
-NO_SUM = "23 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/0 __import__('os') 30+93-1_00 30(93)100"
+NO_SUM = "23 30+93-100+100-100 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/0 __import__('os') 30+93-1_00 30(93)100"
 ANSWERS = {  # task: example, right answers, wrong answers
     "sudoku": ({"puzzle": PUZZLE}, [GRID, GRID[:4] + "\n" + GRID[4:]], [
         CHANGED, GRID + " " * 100 + "more", "4312", GRID * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣", ""]),
