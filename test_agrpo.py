@@ -1104,7 +1104,8 @@ def test_mistakes_are_one_sentence_before_anything_starts(wrong, short_run, tmp_
 
 PUZZLE, GRID, CHANGED = "0310200404001043", "4312213434211243", "1234341221434321"  # CHANGED: another puzzle's grid
 SIMPLE = "1234 1,234 $1,234.00 1234. \\boxed{1234} **1234** \\$1234 1234% 1{,}234 $1234$ 1234.000"
-NO_SUM = "23 30+93-100+100-100 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/0 __import__('os') 30+93-1_00 30(93)100"
+NO_SUM = "23 30+93-100+100-100 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/0 "
+NO_SUM += "__import__('os') 30+93-1_00 30(93)100"
 ANSWERS = {  # task: example, right answers, wrong answers
     "sudoku": ({"puzzle": PUZZLE}, [GRID, GRID[:4] + "\n" + GRID[4:]], [
         CHANGED, GRID + " " * 100 + "more", "4312", GRID * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣", ""]),
@@ -1113,7 +1114,8 @@ ANSWERS = {  # task: example, right answers, wrong answers
         *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99]),
     "gsm8k": ({"gold": "1,234"}, [
         *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km²"], [
-        "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "\\boxed{1234} \\boxed{5", "1234" * 99, "١٢٣٤", "1234²", "1234½", "",
+        "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "\\boxed{1234} \\boxed{5", "1234" * 99, "١٢٣٤",
+        "1234²", "1234½", "",
         "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"),
         *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
     "math": ({"solution": "So it is $\\boxed{42}$."}, ["\\boxed{42}", "It is \\boxed{\\frac{84}{2}}"], [
@@ -1282,6 +1284,13 @@ def test_llada_loads_as_a_llama_and_is_saved_under_its_own_names(tmp_path):
     weights = llada_checkpoint(tmp_path / "llada")
     model, tokenizer, mask_id = agrpo.load_model(str(tmp_path / "llada"))
     assert mask_id == tokenizer.mask_token_id and type(model).__name__ == "LlamaForCausalLM"
+    layer, theirs = model.model.layers[1], lambda name: weights[f"model.transformer.blocks.1.{name}.weight"]
+    for name, ours in {  # as in the published modeling code: silu(ff_proj) * up_proj
+        "ff_proj": layer.mlp.gate_proj, "up_proj": layer.mlp.up_proj, "ff_out": layer.mlp.down_proj,
+        "attn_norm": layer.input_layernorm, "ff_norm": layer.post_attention_layernorm, "q_proj": layer.self_attn.q_proj,
+        "k_proj": layer.self_attn.k_proj, "v_proj": layer.self_attn.v_proj, "attn_out": layer.self_attn.o_proj,
+    }.items():  # fmt: skip
+        assert torch.equal(ours.weight, theirs(name))
     logits, changed = model(IDS).logits, IDS.clone()
     changed[:, -1] += 1
     assert not torch.allclose(logits[:, 0], model(changed).logits[:, 0])  # the first position sees the last
