@@ -11,8 +11,7 @@ AGRPO is Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Pol
 Diffusion Language Models", ICML 2026, arXiv 2510.04019v2). A masked diffusion language model predicts the masked tokens
 of a completion. Generation starts from masks only and goes block by block from the left: each of T steps unmasks a few
 positions of the block and draws their tokens independently, until a whole block is EOS. This is a Markov decision
-process. AGRPO is
-GRPO (arXiv 2402.03300) on it, and maximizes over B completions
+process. AGRPO is GRPO (arXiv 2402.03300) on it, and maximizes over B completions
 
     J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
@@ -65,10 +64,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import huggingface_hub as hub
 import tokenizers
@@ -549,9 +548,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            bar.write(
-                "Nothing to learn from: all rewards of a group are equal. Try --answer_format boxed, without tags"
-            )
+            easier = "a box is easier than tags: --answer_format boxed"
+            bar.write(f"Nothing to learn from: all rewards of a group are equal. For gsm8k and math, {easier}")
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
@@ -573,10 +571,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
     Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. They end
-    before their first EOS or padding (models differ in which fills what is left); what was sampled after it is trained
-    on, not rewarded. changes override args."""
+    before their first end token; what was sampled after it is trained on, not rewarded. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    ends, size = [tokenizer.eos_token_id, tokenizer.pad_token_id], args.rollout_batch
+    ends, size = end_tokens(tokenizer), args.rollout_batch
     sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
     prompts, mine, texts, rollouts = [task.prompt(example, tokenizer) for example in examples], [], [], []
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
@@ -587,7 +584,7 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
     for n in range(rank(), len(ids), world_size()):
         rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
         rows = rollouts[-1].completion.tolist()
-        texts += [tokenizer.decode([*itertools.takewhile(lambda token: token not in ends, row)]) for row in rows]
+        texts += [tokenizer.decode(before_end(row, ends)) for row in rows]
         mine += examples[n * size : (n + 1) * size]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
     return mine, texts, Rollout(*parts) if parts else None  # None if this process has no share
@@ -632,6 +629,8 @@ def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
     return lambda metrics: None
 
 
+end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
+before_end = lambda tokens, ends: [*itertools.takewhile(lambda token: token not in ends, tokens)]
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
 number = lambda folder: int(folder.name[11:] if folder.name[11:].isdigit() else -1)
@@ -1006,9 +1005,8 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
         reason, option = str(error).splitlines()[0], "--model" if kind == "model" else "--data"
-        raise BadInput(
-            f"{name}: no such file or folder, and no {kind} on the hub ({reason}); give {option} FOLDER"
-        ) from None
+        advice = f"give {option} FOLDER, or run plain `python agrpo.py`"
+        raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
 
 
 class LoRALinear(torch.nn.Module):
@@ -1039,9 +1037,8 @@ def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None
 def load_lora(model, folder: Path) -> None:
     """Put a saved adapter's LoRA on its base."""
     adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
-    if not file.exists() or any(
-        adapter.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-    ):
+    other = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if adapter.get(name)]
+    if other or not file.exists():
         raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read")
     weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
     for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
@@ -1178,6 +1175,11 @@ class Settings:
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
     pretrain_steps: int = option(600, "steps of pretraining the tiny model")
 
+    def __post_init__(self):
+        for f in fields(self):
+            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
+                raise ValueError(f"{f.name} is one of {get_args(f.type)}, not {getattr(self, f.name)!r}")
+
 
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
@@ -1275,9 +1277,8 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
     if stage != "base":
         base, trained = results["base"]["greedy"], results[stage]["greedy"]
         few = list(trained)[len(trained) // 2]
-        enough = min(
-            (int(steps) for steps in base if base[steps] >= trained[few]), default=f"over {max(args.eval_steps)}"
-        )
+        reached = [int(steps) for steps in base if base[steps] >= trained[few]]
+        enough = min(reached, default=f"over {max(args.eval_steps)}")
         print(f"\n  Greedy, {stage} in {few} steps: {trained[few]:.3f}; base needs {enough} for that")
     print(flush=True)
 
@@ -1292,9 +1293,8 @@ def run_training(args: Settings) -> None:
     if not examples:
         raise BadInput(f"all {many} training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
-    half = (
-        torch.device(args.device).type == "cuda" and args.lora_rank > 0
-    )  # frozen weights in bfloat16; those trained are in float32
+    # Frozen weights are in bfloat16, those that are trained in float32.
+    half = torch.device(args.device).type == "cuda" and args.lora_rank > 0
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:

@@ -17,7 +17,6 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -59,13 +58,13 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
     """Every example completed once: a list of records in the order of the examples, the same in every process."""
     mine, texts, rollout = agrpo.generate(model, tokenizer, mask_id, task, examples, options, key, steps=steps)
     numbers = [i for i in range(len(examples)) if i // options.rollout_batch % world_size() == rank()]
-    records, ends = [], (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    records, ends = [], agrpo.end_tokens(tokenizer)
     for row, (number, example, text) in enumerate(zip(numbers, mine, texts)):
         tokens, step = rollout.completion[row].tolist(), rollout.step[row].tolist()
         record = {"example": number, "prompt": task.prompt(example, tokenizer), "completion": text}
         record |= {"answer": agrpo.answer_in(text), "correct": task.grade(example, text)[1]}
         record |= {"as released": as_released(options.task, example, text, record["correct"])}
-        record |= {"length": len([*takewhile(lambda token: token not in ends, tokens)]), "passes": max(step) + 1}
+        record |= {"length": len(agrpo.before_end(tokens, ends)), "passes": max(step) + 1}
         records.append(record | {"tokens": tokens, "step": step})
     if world_size() > 1:
         shares = [None] * world_size()
@@ -76,7 +75,7 @@ def decode(model, tokenizer, mask_id: int, task: Task, examples: list, options: 
 
 def as_released(task: str, example: dict, text: str, correct: bool) -> float:
     """What the official release counts, 0 to 1. It takes the first <answer>, or everything; of GSM8K the first run of
-    digits in the first box if there is one; Countdown's last line with "="; the share of Sudoku's blanks that are as
+    digits, in the first box if there is one; Countdown's last line with "="; the share of Sudoku's blanks that are as
     in the given solution, though there may be others. For MATH: what we count."""
     block = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
     text = block[1] if block else text
@@ -95,12 +94,13 @@ def as_released(task: str, example: dict, text: str, correct: bool) -> float:
 
 def measure(name: str, checkpoint: str, examples: list, options: Options) -> dict:
     """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
-    dtype = torch.bfloat16 if options.device == "cuda" and not agrpo.is_tiny(checkpoint) else torch.float32
+    half = torch.device(options.device).type == "cuda" and not agrpo.is_tiny(checkpoint)
+    dtype = torch.bfloat16 if half else torch.float32
     model, tokenizer, mask_id = agrpo.load_model(checkpoint, options.device, dtype)
     task = agrpo.task_of(options)
     curve, repeats = {}, [(seed, sample) for seed in options.seeds for sample in range(options.samples)]
     passes = len(repeats) * -(-len(examples) // (options.rollout_batch * world_size())) * sum(options.steps)
-    bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=rank() > 0 or agrpo.no_bar())
+    bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=agrpo.no_bar())
     model.base_model.register_forward_hook(lambda *_: bar.update() and None)
     for steps in options.steps:
         began, runs = time.time(), []
@@ -151,7 +151,7 @@ def vote(records: list[dict], task: str) -> bool:
 
 def show(task: Task, tokenizer, example: dict, record: dict, terminal: bool) -> None:
     """Print an example after each step, with · for EOS. On a terminal what is new is highlighted, and slow to come."""
-    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    ends = agrpo.end_tokens(tokenizer)
     texts = ["" if token in ends else tokenizer.decode([token]) for token in record["tokens"]]
     texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) or "·" for text in texts]
     print(f"\nExample {record['example'] + 1}: {record['prompt']}")

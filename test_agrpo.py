@@ -320,6 +320,7 @@ def test_what_would_be_silently_wrong_is_refused():
         "unmasking is": partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"}),
         "length_norm is": partial(gradient, length_norm="seqence"),
         "needs ref_model": partial(gradient, beta=0.1),
+        "method is one of": partial(agrpo.Settings, method="grpo"),
         "validation": partial(TASKS["sudoku"].examples, "validation", agrpo.Settings()),
     }.items():
         with pytest.raises((ValueError, KeyError), match=said):
@@ -1487,7 +1488,7 @@ def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypat
     monkeypatch.setattr(agrpo.hub, "snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
     for task, option in ("gsm8k", "--data"), ("countdown", "--model"):
         said = refusal(f"--task {task} --device cpu --output_dir {tmp_path}/run")
-        assert all(words in said for words in ("(no route)", f"give {option} FOLDER"))
+        assert all(words in said for words in ("(no route)", f"{option} FOLDER", "python agrpo.py"))
 
 
 # ===== 8. eval.py and the README ======================================================================================
