@@ -18,35 +18,31 @@ process. AGRPO is GRPO (arXiv 2402.03300) on it, and maximizes over B completion
 Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k << T of them are drawn, each
 weighted by 1 / its probability of being drawn.
 
-Letters, and the words for them in the code (i is a row, j a position; the paper writes m for T):
-
     q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
-    T, T_i     steps; num_steps: those that row i took before it ended            k  steps drawn per row, on average
+    T, T_i     steps (the paper's m); num_steps: those that row i took            k  steps drawn per row, on average
     L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
-
-Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
-    over the draw of steps    for the gradient of J, always
-    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T, beta is 0,
-                              advantages are not scaled, and it is the first optimizer step on these rollouts
-                              (the sets of ids that top-k and top-p keep are treated as constants)
 
 A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
-Averaged over orders, the sum is the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order
-depends on theta: then the sum is an approximation.
+Averaged over orders, it is the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order depends on
+theta: then the sum is an approximation. Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
 
+    over the draw of steps    for the gradient of J, always
+    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T, beta is 0,
+                              advantages are not scaled, and it is the first optimizer step on these rollouts
+                              (the sets of ids that top-k and top-p keep are treated as constants)
 Whose is what?
+
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
-    the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; its settings
-                          are RELEASE, in section 8
+    the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; RELEASE
     this file's own       steps drawn from all rows of a batch as if they were one, without replacement, more where
-                          |A_i| and `surprise` (1 - p of the tokens) are large; rho of the first optimizer step exactly
+                          |A_i| and surprise (1 - p of the tokens) are large; rho of the first optimizer step exactly
                           1; every sampled token counts (the official code drops those behind the last non-EOS token,
                           and so terms of the gradient)
 """
@@ -57,6 +53,7 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -314,25 +311,18 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
     return rows[drawn], steps[drawn], weights
 
 
-def surprise(rollout: Rollout) -> Tensor:
-    """1 - p(token), summed over the tokens that each step unmasked: (B, T), from what the sampler recorded.
+def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
+    """Where to draw: at steps of much surprise, 1 - p(token) summed over the tokens that the step unmasked.
 
     The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
-    factor of at most sqrt(2): there is little to learn from tokens that the policy was sure of.
+    factor of at most sqrt(2): there is little to learn from tokens that the policy was sure of. Some uniform is mixed
+    in, so that no weight is huge. Returns (B, T) float64 on the CPU, which adds up to 1 over all steps that were taken.
     """
-    doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)
-    return torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt)
-
-
-def defensive_proposal(score: Tensor, num_steps: Tensor, uniform_share: float = 0.1) -> Tensor:
-    """The score, mixed with some uniform, so that no step is drawn so seldom that its weight is huge.
-
-    score (B, T) nonnegative: `surprise`, or Rollout.entropy; num_steps (B,). Returns (B, T) float64 on the CPU, which
-    adds up to 1 over all steps that were taken.
-    """
-    score, taken = score.cpu().double(), torch.arange(score.shape[1]) < num_steps.cpu()[:, None]  # (B, T)
-    uniform = taken.double() / taken.sum()
-    return torch.lerp(score / score.sum(), uniform, uniform_share) if score.any() else uniform
+    doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)  # (B, C)
+    surprise = torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt).cpu().double()
+    taken = (torch.arange(surprise.shape[1]) < rollout.num_steps.cpu()[:, None]).double()  # (B, T)
+    uniform, total = taken / taken.sum(), surprise.sum()
+    return torch.lerp(surprise / total, uniform, uniform_share) if total > 0 else uniform
 
 
 def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float):
@@ -403,17 +393,6 @@ def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low
     return torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
 
-def kl_penalty(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(policy || reference) per token: the k3 estimator exp(d) - d - 1, d = ref_logp - logp, times rho. Elementwise.
-
-    rho = exp(logp - old_logp) corrects for tokens that the old policy drew; gradients flow through it too
-    (DeepSeek-V3.2, arXiv 2512.02556). Never negative, 0 where the policies agree. That theta changes the states visited
-    is left out.
-    """
-    d = ref_logp - logp
-    return (logp - old_logp).exp() * (d.expm1() - d)
-
-
 # ===== 4. Gradient: the amortized policy gradient, grad J =============================================================
 
 
@@ -427,47 +406,39 @@ def policy_gradient(
     advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1, with the
     gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0.
     proposal and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are
-    in memory at once. Returns loss, an estimate of -J, and clip_ratio, approx_kl (to the old policy) and kl, plain
-    means over the tokens evaluated. Raises ValueError for another length_norm, and for beta > 0 without ref_model.
+    in memory at once. Returns loss, an estimate of -J, and clip_ratio and kl, plain means over the tokens evaluated.
+    Raises ValueError for another length_norm, and for beta > 0 without ref_model.
     """
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model is None:
         raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
-    metrics = {"loss": 0.0, "clip_ratio": 0.0, "approx_kl": 0.0, "kl": 0.0}
     length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
     magnitude = (advantage.abs() + beta) / length
     if not magnitude.any():  # no advantage: no gradient, so no pass
-        return metrics
+        return {"loss": 0.0, "clip_ratio": 0.0, "kl": 0.0}
     rows, steps, weights = draw_pairs(rollout.num_steps, magnitude, k, proposal, generator)  # (N,) each
     weights = (weights / (B * length.cpu()[rows])).to(rollout.logp.dtype)
 
-    seen = []
+    total = rollout.logp.new_zeros(4)
     for start in range(0, len(rows), micro_batch):
         r, t, w = (x[start : start + micro_batch].to(advantage.device) for x in (rows, steps, weights))
         A = advantage[r, None]
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
         objective, kl = clipped_objective(logp, old_logp, A, eps_low, eps_high), torch.zeros_like(logp)
-        if beta > 0:
-            with torch.no_grad():
+        if beta > 0:  # k3, an estimate of KL(policy || reference), times rho as the old policy drew the tokens; both
+            with torch.no_grad():  # are as in DeepSeek-V3.2, arXiv 2512.02556
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
-            kl = kl_penalty(logp, old_logp, ref_logp)
+            d = ref_logp - logp
+            kl = (logp - old_logp).exp() * (d.expm1() - d)
         loss = -(w[:, None] * (objective - beta * kl) * unmasked).sum()
         loss.backward()
-        metrics["loss"] += loss.item()
-        seen.append(torch.stack([logp - old_logp, A.expand_as(logp), kl])[:, unmasked].detach())
-
-    log_ratio, A, kl = torch.cat(seen, 1)  # (tokens,) each
-    ratio = log_ratio.exp()
-    clipped = ((ratio < 1 - eps_low) & (A < 0)) | ((ratio > 1 + eps_high) & (A > 0))
-    means = {
-        "clip_ratio": clipped.to(ratio).mean(),
-        "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
-        "kl": kl.mean(),
-    }
-    return metrics | {name: float(mean) for name, mean in means.items()}
+        clipped = objective != (logp - old_logp).exp() * A
+        total += torch.stack([loss.detach(), clipped.sum(), kl.detach().sum(), unmasked.sum()])
+    loss, clipped, kl, tokens = total.tolist()
+    return {"loss": loss, "clip_ratio": clipped / tokens, "kl": kl / tokens}
 
 
 # ===== 5. Training loop ===============================================================================================
@@ -478,15 +449,14 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    start, history = load_training_state(run, optimizer)
-    count, optimizer_steps = args.prompts_per_update, args.updates_per_rollout
-    track = tracker(args, start)
+    history = load_training_state(run, optimizer)
+    count, track = args.prompts_per_update, tracker(args, len(history))
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
     order = []
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
-    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=no_bar())
+    bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
@@ -502,28 +472,23 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             raise BadInput(f"the reward of {args.task} is {rewards[i]:g} for {batch[i]!r:.200}: {texts[i]!r:.200}")
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
-        # Timesteps: drawn more often where more can be learned.
-        proposal = defensive_proposal(surprise(rollout), rollout.num_steps)
-        rngs = [seeded_generator("cpu", args.seed, "timesteps", update, i, rank()) for i in range(optimizer_steps)]
-        views, length_norm = [rollout] * len(rngs), args.length_norm
-        if args.method != "agrpo":
-            length_norm = "constant"
-            views = [one_step_view(model, rollout, on_policy=g is rngs[0], generator=g, **policy) for g in rngs]
-
         # Optimizer steps: the first is on the policy that sampled; the others are not, which is what clipping is for.
+        rng = seeded_generator("cpu", args.seed, "timesteps", update, rank())
+        proposal, scored, length_norm = defensive_proposal(rollout), rollout, args.length_norm
+        if args.method == "diffu_grpo":
+            scored, length_norm = one_step_view(model, rollout, generator=rng, **policy), "constant"
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
-        for i, view in enumerate(views):
+        for i in range(args.updates_per_rollout):
             optimizer.zero_grad()
             metrics = policy_gradient(
-                model, view, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=length_norm,
-                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, generator=rngs[i],
+                model, scored, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=length_norm,
+                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, generator=rng,
                 **policy,
             )  # fmt: skip
             for p in trained:  # where nothing was to be learned there is no gradient: take part with zeros
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size()
                 if world_size() > 1:
-                    p.grad /= world_size()
                     dist.all_reduce(p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not grad_norm.isfinite():
@@ -548,21 +513,20 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            easier = "a box is easier than tags: --answer_format boxed"
-            bar.write(f"Nothing to learn from: all rewards of a group are equal. For gsm8k and math, {easier}")
+            bar.write("Nothing to learn from: all rewards of a group are equal. Easier: --answer_format boxed")
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
             print(f"update {done} of {args.max_steps}: {text}", flush=True)
         if args.show_every and done % args.show_every == 0:
-            verdict = "right" if right[0] else "wrong"
-            bar.write(f"\nupdate {done}: {verdict}, reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
+            bar.write(f"\nupdate {done}: reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done % args.save_every == 0 or done == args.max_steps:
             save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
             for old in checkpoints(run)[:-2]:
                 shutil.rmtree(old)
-    if rank() == 0 and history:
-        draw_curves(history)
+    if rank() == 0:
+        for name in ("reward", "accuracy"):
+            draw_curve(name, [row[name] for row in history])
         best = max(history, key=lambda row: row.get("eval_accuracy", 0))
         if best.get("eval_accuracy"):
             print(f"  {run}/best is update {best['update']}, with accuracy {best['eval_accuracy']:.3f} in evaluation")
@@ -575,7 +539,7 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, size = end_tokens(tokenizer), args.rollout_batch
     sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
-    prompts, mine, texts, rollouts = [task.prompt(example, tokenizer) for example in examples], [], [], []
+    prompts, mine, texts, rollouts = [task.prompt(e, tokenizer, args.answer_format) for e in examples], [], [], []
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     longest, most = encoded["input_ids"].shape[1] + args.completion_length, model.config.max_position_embeddings
     if longest > most:
@@ -583,8 +547,7 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
     ids, mask = (encoded[name].to(model.device).split(size) for name in ("input_ids", "attention_mask"))
     for n in range(rank(), len(ids), world_size()):
         rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
-        rows = rollouts[-1].completion.tolist()
-        texts += [tokenizer.decode(before_end(row, ends)) for row in rows]
+        texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
         mine += examples[n * size : (n + 1) * size]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
     return mine, texts, Rollout(*parts) if parts else None  # None if this process has no share
@@ -599,34 +562,60 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 
 
 @torch.no_grad()
-def one_step_view(
-    model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy=False, micro_batch=64, generator=None
-) -> Rollout:
+def one_step_view(model, rollout: Rollout, *, mask_id: int, temperature: float, micro_batch=64, generator=None):
     """The rollout as if one step had unmasked it all, with 15% of the prompt masked: its `policy_gradient`, with length
     norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
-    token was sampled in such a state. Not truncated. Its logp is the model's as it is now; on policy none is needed."""
+    token was sampled in such a state. Not truncated. Its logp is the model's as it is now."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
     view.entropy = torch.zeros_like(rollout.logp)  # its width is T for policy_gradient: here C, for a mean over tokens
-    if not on_policy:
-        rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
-        logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
-        view.logp = torch.cat(logps)
-    return view
+    rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
+    logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
+    return replace(view, logp=torch.cat(logps))
 
 
 def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
     """What takes an update's metrics where --report_to says; a resumed run goes on where its checkpoint was made."""
     if rank() == 0 and args.report_to == "wandb":
-        wandb, name = importlib.import_module("wandb"), Path(args.output_dir).name
-        unique = re.sub(r"\W", "-", str(Path(args.output_dir).resolve()))[-64:]
-        run = wandb.init(project="agrpo", name=name, id=unique, resume="allow", config=asdict(args))
+        name = re.sub(r"\W", "-", str(Path(args.output_dir).resolve()))[-64:]
+        run = importlib.import_module("wandb").init(project="agrpo", id=name, resume="allow", config=asdict(args))
         return lambda metrics: run.log(metrics, step=metrics["update"])
     if rank() == 0 and args.report_to == "tensorboard":
         board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=start + 1)
         return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
     return lambda metrics: None
+
+
+def load_training_state(run: Path, optimizer) -> list[dict]:
+    """Load the optimizer from the run's newest checkpoint; cut metrics.jsonl back to it and return what is left."""
+    log, done, state = run / "metrics.jsonl", 0, {}
+    for folder in checkpoints(run)[-1:]:
+        done = number(folder)
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
+            i, name = key.split()
+            state.setdefault(int(i), {})[name] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    lines = log.read_bytes().splitlines(keepends=True)[:done] if done else []
+    if rank() == 0 and log.exists():
+        os.truncate(log, sum(map(len, lines)))
+    return [*map(json.loads, lines)]
+
+
+def mean_over_ranks(metrics: dict) -> dict[str, float]:
+    """Every process waits for the others here."""
+    values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return dict(zip(metrics, (values / world_size()).tolist()))
+
+
+def draw_curve(name: str, values: list[float], width: int = 64, height: int = 5) -> None:
+    """Print a metric against updates, in plain characters."""
+    columns = [float(part.mean()) for part in torch.tensor(values).tensor_split(min(width, len(values)))]
+    for level in range(height, 0, -1):
+        print("  |" + "".join(" #"[column > max(columns) * (level - 0.5) / height] for column in columns))
+    print(f"  {name} in updates 1 to {len(values)}; the highest column: {max(columns):.2f}\n")
 
 
 end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
@@ -639,43 +628,6 @@ newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.js
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
-
-
-def mean_over_ranks(metrics: dict) -> dict[str, float]:
-    """Every process waits for the others here."""
-    values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return dict(zip(metrics, (values / world_size()).tolist()))
-
-
-def load_training_state(run: Path, optimizer) -> tuple[int, list[dict]]:
-    """Load the optimizer from the newest checkpoint, cut metrics.jsonl back to it; return the updates made so far and
-    their metrics."""
-    done, state, log = 0, {}, run / "metrics.jsonl"
-    for folder in checkpoints(run)[-1:]:
-        done = number(folder)
-        for key, tensor in load_file(folder / "optimizer.safetensors").items():
-            i, name = key.split()
-            state.setdefault(int(i), {})[name] = tensor
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    lines = log.read_bytes().splitlines(keepends=True)[:done] if log.exists() else []
-    if rank() == 0 and log.exists():
-        os.truncate(log, sum(map(len, lines)))
-    return done, [*map(json.loads, lines)]
-
-
-def draw_curves(history: list[dict], width: int = 64, height: int = 8) -> None:
-    """Print reward (r) and accuracy (a) against updates, each from 0 to its highest, in plain characters."""
-    width = min(width, len(history))
-    parts = [history[x * len(history) // width : (x + 1) * len(history) // width] for x in range(width)]
-    lines, legend = [[" "] * width for _ in range(height)], f"  updates 1 to {len(history)}"
-    for name in ("reward", "accuracy"):
-        means = [sum(row[name] for row in part) / len(part) for part in parts]
-        for x, mean in enumerate(means):
-            lines[round((1 - max(mean, 0) / max(*means, 1e-9)) * (height - 1))][x] = name[0]
-        legend += f"; {name[0]}: {name}, 0 to {max(means):.2f}"
-    print("", *("  |" + "".join(line) for line in lines), legend, sep="\n", flush=True)
 
 
 # ===== 6. Tasks: examples, prompts, rewards ===========================================================================
@@ -706,10 +658,11 @@ class Task:
             return self.create(split, args.seed)
         return read_rows(args.data or self.hub[split], split, self.columns)
 
-    def prompt(self, example: dict, tokenizer) -> str:
+    def prompt(self, example: dict, tokenizer, answer_format: str = "tags") -> str:
+        question = BOXED if answer_format == "boxed" and self.question == TAGS else self.question
         if not tokenizer.chat_template:
-            return (self.plain or self.question).format(**example)
-        chat = [{"role": "user", "content": self.question.format(**example)}]
+            return (self.plain or question).format(**example)
+        chat = [{"role": "user", "content": question.format(**example)}]
         options = {"add_generation_prompt": True, "enable_thinking": False}  # the latter is Qwen3's
         return tokenizer.apply_chat_template(chat, tokenize=False, **options)
 
@@ -718,12 +671,6 @@ class Task:
         answer, tags = answer_in(completion), [inside_tags(completion, tag) for tag in ("reasoning", "answer")]
         right = self.is_right(example, answer)
         return 3 * right + self.credit(example, answer) + 0.5 * sum(text is not None for text in tags), right
-
-
-def task_of(args) -> Task:
-    """The task of a run's or eval.py's settings, asked in the format that they name."""
-    task = TASKS[args.task]
-    return replace(task, question=BOXED) if args.answer_format == "boxed" and task.question == TAGS else task
 
 
 def answer_in(completion: str) -> str:
@@ -808,12 +755,12 @@ def sudoku_create(split: str, seed: int) -> list[dict]:
 def countdown_create(split: str, seed: int) -> list[dict]:
     """Three numbers and the value of an expression of them: 4,096 to train on, drawn with the seed, 256 to test on."""
     rng, problems = random.Random(f"{seed} countdown" if split == "train" else "countdown test"), []
-    while len(problems) < {"train": 4096, "test": 256}[split]:
+    while len(problems) < (4096 if split == "train" else 256):
         a, b, c = (rng.randint(1, 99) for _ in range(3))
-        first, second = rng.choice("+-*/"), rng.choice("+-*/")
-        target = arithmetic(rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"]))
+        form = rng.choice(["({}{}{}){}{}", "{}{}({}{}{})"])
+        target = arithmetic(form.format(a, rng.choice("+-*/"), b, rng.choice("+-*/"), c))
         if target in range(1, 1000):
-            problems.append({"numbers": ",".join(map(str, sorted([a, b, c]))), "target": str(target)})
+            problems.append({"numbers": f"{a},{b},{c}", "target": str(target)})
     return problems
 
 
@@ -825,15 +772,16 @@ def countdown_right(example: dict, answer: str) -> bool:
     return said and used == given and arithmetic(expression) == int(example["target"])
 
 
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
 def arithmetic(expression: str) -> Fraction | None:
     """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
-    operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
-    operations[ast.Div] = Fraction.__truediv__
 
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
-        return operations[type(node.op)](value(node.left), value(node.right))
+        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
 
     if not re.fullmatch(r"[0-9+\-*/()\s]{1,100}", expression):
         return None
@@ -876,9 +824,8 @@ def math_right(example: dict, answer: str) -> bool:
     r"""Whether math-verify finds what is in \boxed{} equal to the solution's; the text around it is not looked at."""
     from math_verify import parse, verify
 
-    inside = f"\\boxed{{{(boxed(answer) or '')[:500]}}}"
-    # A second for each: 9^{9^9} must not hold up a group. What cannot be parsed is equal to nothing.
-    gold, found = (parse(text, parsing_timeout=1) for text in (example["solution"], inside))
+    texts = example["solution"], f"\\boxed{{{(boxed(answer) or '')[:500]}}}"
+    gold, found = (parse(text, parsing_timeout=1) for text in texts)  # a second: 9^{9^9} must not hold up a group
     return verify(gold, found, timeout_seconds=1)
 
 
@@ -943,10 +890,8 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
     keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
     config = model_class.config_class(**{ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw} | extra)
-    with torch.device("meta"):
-        billions = model_class(config).num_parameters() / 1e9
-    if torch.device(device).type == "cpu" and billions > 2:
-        raise BadInput(f"{name}: {billions:.1f} billion parameters are too many for a CPU; use a GPU")
+    if torch.device(device).type == "cpu" and config.num_hidden_layers * config.hidden_size**2 > 2e8:
+        raise BadInput(f"{name}: billions of parameters are too many for a CPU; use a GPU")
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
@@ -956,9 +901,9 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
         find_checkpoint(name_or_path, "*.safetensors"), config=config, dtype=dtype, use_safetensors=True,
         key_mapping=LLADA_WEIGHTS if kind == "llada" else None, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    for problem in ("missing", "unexpected", "mismatched"):
-        if weights := sorted(map(str, found[f"{problem}_keys"])):
-            raise BadInput(f"{name}: {problem} weights: {weights[:5]}")
+    wrong = {what: sorted(map(str, found[f"{what}_keys"]))[:5] for what in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):
+        raise BadInput(f"{name}: weights that do not fit: {wrong}")
     model.raw_config, model.name_or_path = raw, name
     return model.to(device).eval(), tokenizer, mask_id
 
@@ -1004,8 +949,8 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
-        reason, option = str(error).splitlines()[0], "--model" if kind == "model" else "--data"
-        advice = f"give {option} FOLDER, or run plain `python agrpo.py`"
+        advice = f"give --{kind.replace('dataset', 'data')} FOLDER, or run plain `python agrpo.py`"
+        reason = str(error).splitlines()[0]
         raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
 
 
@@ -1037,8 +982,7 @@ def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None
 def load_lora(model, folder: Path) -> None:
     """Put a saved adapter's LoRA on its base."""
     adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
-    other = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if adapter.get(name)]
-    if other or not file.exists():
+    if any(map(adapter.get, ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))) or not file.exists():
         raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read")
     weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
     for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
@@ -1133,7 +1077,7 @@ class Settings:
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
     model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
     answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or only for a box")
-    data: str | None = option(None, "your data: a file to test on, a folder of train.* and test.*, or a hub id")
+    data: str | None = option(None, "a file to test on, a folder of train.* and test.*, or a hub id")
     output_dir: str | None = option(None, "the run's folder; default: a new one in runs/")
     resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
     seed: int = option(0, "the same seed gives the same run on the same machine")
@@ -1143,9 +1087,9 @@ class Settings:
     max_steps: int = option(160, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(1, "steps drawn per completion, on average; a forward and backward pass each")
+    k: int = option(1, "steps drawn per completion, on average")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
-    scale_by_std: bool = option(False, "divide advantages by the group's standard deviation (biased)")
+    scale_by_std: bool = option(False, "divide advantages by the group's standard deviation")
     updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts")
     eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
@@ -1162,7 +1106,6 @@ class Settings:
     learning_rate: float = option(7e-4, "AdamW's, before warm-up and cosine decay to 0")
     warmup_steps: int = option(20, "updates in which the learning rate rises")
     lora_rank: int = option(0, "r of LoRA on all linear layers but the head; 0: train all weights")
-    lora_alpha: float = option(64.0, "alpha of LoRA")
     micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes no result")
     rollout_batch: int = option(512, "completions sampled at once, whole groups")
     gradient_checkpointing: bool = option(False, "less memory in the backward pass, more time")
@@ -1204,15 +1147,12 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
-        saved = {name: value for name, value in saved.items() if hasattr(first, name)}  # another version had others
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
     args.model = SMALL["model"] if args.model == "qwen3-0.6b" else args.model
     for name in [name for name, value in saved.items() if value != getattr(args, name)]:
-        if name in ("lora_rank", "lora_alpha", "output_dir"):
-            parser.error(f"--{name} of a run cannot be changed")
         print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
     name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
@@ -1244,8 +1184,8 @@ def start_processes(args) -> None:
 
 def check_settings(args: Settings) -> None:
     """Raise BadInput for settings that cannot work, before anything is loaded or written."""
-    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch")
-    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
+    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "block_length", "micro_batch", "rollout_batch")
+    for name in positive:
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")
     try:
@@ -1254,8 +1194,8 @@ def check_settings(args: Settings) -> None:
         torch.zeros(1, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         raise BadInput(str(error)) from None
-    n, batch, size = world_size(), args.rollout_batch, args.group_size
-    if size < 2 or n > 1 and (batch % size or args.prompts_per_update * size % (n * batch)):
+    n, batch, rows = world_size(), args.rollout_batch, args.prompts_per_update * args.group_size
+    if args.group_size < 2 or n > 1 and (batch % args.group_size or rows % (n * batch)):
         raise BadInput("--group_size is at least 2; processes share an update by whole --rollout_batch of whole groups")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
@@ -1265,10 +1205,10 @@ def check_settings(args: Settings) -> None:
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
     """Add to results the accuracy at each of eval_steps, as trained and greedy; print a table of what they hold."""
-    at = lambda steps, greedy: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy)
     how = {"as trained": f"{args.unmasking} unmasking, temperature {args.temperature:g}"}
     how |= {"greedy": "low-confidence unmasking, temperature 0"}
-    results[stage] = {name: {str(n): at(n, name == "greedy") for n in args.eval_steps} for name in how}
+    at = lambda steps, name: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy=name == "greedy")
+    results[stage] = {name: {str(steps): at(steps, name) for steps in args.eval_steps} for name in how}
     print(f"\nAccuracy on {len(test)} test examples, by sampling steps (trained with {args.steps})")
     for name, sampler in how.items():
         print(f"\n  {f'{name} ({sampler})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
@@ -1277,24 +1217,22 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
     if stage != "base":
         base, trained = results["base"]["greedy"], results[stage]["greedy"]
         few = list(trained)[len(trained) // 2]
-        reached = [int(steps) for steps in base if base[steps] >= trained[few]]
-        enough = min(reached, default=f"over {max(args.eval_steps)}")
+        enough = min((int(steps) for steps in base if base[steps] >= trained[few]), default="more than those")
         print(f"\n  Greedy, {stage} in {few} steps: {trained[few]:.3f}; base needs {enough} for that")
     print(flush=True)
 
 
 def run_training(args: Settings) -> None:
     """Load, measure, train, measure."""
-    began, task, run, results = time.time(), task_of(args), Path(args.output_dir), {}
-    examples, test = (task.examples(split, args) for split in ("train", "test"))
-    tested, many = {task.question.format(**example) for example in test}, len(examples)
-    examples = [example for example in examples if task.question.format(**example) not in tested]
-    test = test[: args.eval_examples or None]
+    began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
+    given, test = (task.examples(split, args) for split in ("train", "test"))
+    tested = {task.question.format(**example) for example in test}
+    examples, test = [e for e in given if task.question.format(**e) not in tested], test[: args.eval_examples or None]
     if not examples:
-        raise BadInput(f"all {many} training examples are test examples too")
+        raise BadInput(f"all {len(given)} training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
     # Frozen weights are in bfloat16, those that are trained in float32.
-    half = torch.device(args.device).type == "cuda" and args.lora_rank > 0
+    half = args.device.startswith("cuda") and args.lora_rank > 0
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
@@ -1303,10 +1241,11 @@ def run_training(args: Settings) -> None:
         (run / "settings.part").write_text(json.dumps(asdict(args), indent=1))
         (run / "settings.part").replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
-    print(f"{len(examples)} examples to train on, {len(test)} to test on, {many - len(examples)} left out: in both")
+    both = len(given) - len(examples)
+    print(f"{len(examples)} examples to train on, {len(test)} to test on, {both} left out: in both")
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
-            pairs = [example.values() for example in sudoku_create("pretrain", args.seed)]
+            pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]
             pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
             save_model(model, tokenizer, run / "base")
         if world_size() > 1:
@@ -1314,17 +1253,14 @@ def run_training(args: Settings) -> None:
         model, _, _ = load_model(str(run / "base"), args.device)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)
 
-    ref_model = None
-    if args.beta > 0:  # the model before training; with LoRA its weights stay, so deepcopy is told to share them (memo)
-        memo = {id(p): p for p in model.parameters()} if args.lora_rank else {}
-        ref_model = copy.deepcopy(model, memo).requires_grad_(False)
+    shared = {id(p): p for p in model.parameters()} if args.lora_rank else {}  # LoRA leaves these weights as they are
+    ref_model = copy.deepcopy(model, memo=shared).requires_grad_(False) if args.beta > 0 else None
     saved = checkpoints(run)
     if args.lora_rank and saved:
         load_lora(model, saved[-1])
     elif args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha)
+        add_lora(model, args.lora_rank, args.lora_rank)
     elif saved:
-        model = None  # there may not be room for two
         model, _, _ = load_model(str(saved[-1]), args.device)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -1,12 +1,11 @@
 """What AGRPO claims, against exact values: the appendix that the paper does not have.
 
     pytest test_agrpo.py        every claim, asserted
-    python test_agrpo.py        the same story as tables, in half a minute
+    python test_agrpo.py        the same story as tables, in half a minute; --memory: what fits which GPU, on paper
 
-The mask predictor here knows four words (one is EOS, one the mask) and writes two to four of them, in float64: so few
-that every trajectory (the order in which positions are unmasked, and the tokens) can be enumerated. Whatever training
-only samples is computed here, by code that shares nothing with the sampler, and compared to the last digits: the
-likelihood, the expected reward, its gradient, the mean of an update over all trajectories, groups and timesteps.
+The mask predictor here knows four words (one is EOS, one the mask) and writes three or four, in float64: so few that
+every trajectory (the order in which positions are unmasked, and the tokens) can be enumerated. What training only
+samples is computed here, by code that shares nothing with the sampler, and compared to the last digits.
 """
 
 import io
@@ -32,40 +31,40 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+from weakref import finalize
 
 import datasets
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import agrpo
 import eval as curve
-from agrpo import Rollout, draw_timesteps, group_advantages, kl_penalty, sample, step_logps
+from agrpo import Rollout, draw_timesteps, group_advantages, sample, step_logps
 
 torch.set_num_threads(1)  # tensors this small lose more between threads than they gain
 assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 X, Y, EOS, MASK = WORDS = range(4)
 PROMPT = (Y, X)
+flat = torch.nn.utils.parameters_to_vector
 seeded = lambda seed: torch.Generator().manual_seed(seed)
-keys = lambda *parts: list(map(tuple, torch.cat(parts, 1).tolist()))  # rows as what a dict can look up
+number = lambda tokens: tokens @ len(WORDS) ** torch.arange(tokens.shape[-1]).flip(0)  # of a state or text
+keys = lambda *parts: list(map(tuple, torch.cat(parts, 1).tolist()))  # for a dict
 
 
 # ===== 1. A mask predictor small enough to enumerate, and the enumerator ==============================================
 
 
-def mask_predictor(kind: str = "bert", seed: int = 2, vocab: int = len(WORDS), width: int = 8, spread: float = 0.8):
-    """A random mask predictor whose predictions are far from uniform and depend on all that they may depend on."""
+def mask_predictor(seed: int = 2, vocab: int = 4, width: int = 8, spread: float = 0.8, dream: bool = False):
+    """A random mask predictor whose predictions are far from uniform and depend on all that they may."""
     shape = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 32}
-    if kind == "bert":
-        model = BertForMaskedLM(BertConfig(**shape))
-    elif kind == "llama":  # LLaDA is one
-        model = LlamaForCausalLM(LlamaConfig(is_causal=False, num_key_value_heads=1, **shape))
-    else:  # Dream is a Qwen2 whose logits are about the next position
+    model = BertForMaskedLM(BertConfig(**shape))
+    if dream:  # a Qwen2 whose logits are about the next position
         model = Qwen2ForCausalLM(Qwen2Config(is_causal=False, num_key_value_heads=1, logits_shift=1, **shape))
     rng = seeded(seed)
     for name, parameter in model.named_parameters():
@@ -77,135 +76,108 @@ def mask_predictor(kind: str = "bert", seed: int = 2, vocab: int = len(WORDS), w
 
 PLAIN = {"completion_length": 3, "block_length": 3, "steps": 3, "temperature": 1.0, "unmasking": "random"}
 PLAIN |= {"mask_id": MASK, "eos_id": EOS, "top_k": 0, "top_p": 1.0}
+LOW = PLAIN | {"unmasking": "low_confidence"}
 BLOCKS = PLAIN | {"completion_length": 4, "block_length": 2, "steps": 4}
 SETTINGS = {
     "plain": PLAIN,
-    "greedy": PLAIN | {"temperature": 0.0},
-    "top-k, top-p": PLAIN | {"temperature": 1.5, "top_k": 2, "top_p": 0.7},
-    "two a step": PLAIN | {"steps": 2},
+    "top-k, top-p": PLAIN | {"temperature": 1.5, "top_k": 2, "top_p": 0.7, "steps": 2},
     "blocks": BLOCKS,
-    "blocks, two a step": BLOCKS | {"steps": 2, "temperature": 0.8},
     "blocks, top-p": BLOCKS | {"temperature": 1.3, "top_p": 0.9},
     "blocks, no EOS": BLOCKS | {"eos_id": None},
-    "blocks, two EOS": BLOCKS | {"eos_id": [Y, EOS]},
-    "low confidence": PLAIN | {"unmasking": "low_confidence"},
-    "low confidence, greedy": PLAIN | {"unmasking": "low_confidence", "temperature": 0.0},
-    "low confidence, top-p": PLAIN | {"unmasking": "low_confidence", "temperature": 4.0, "top_p": 0.9, "steps": 2},
-    "four tokens": PLAIN | {"completion_length": 4, "block_length": 4, "steps": 4},
-    "two tokens": PLAIN | {"completion_length": 2, "block_length": 2, "steps": 2, "temperature": 0.7, "top_k": 2},
+    "blocks, two EOS": BLOCKS | {"eos_id": [Y, EOS], "steps": 2, "temperature": 0.8},
+    "low confidence": LOW,
+    "low confidence, greedy": LOW | {"temperature": 0.0},
+    "low confidence, top-p": LOW | {"temperature": 4.0, "top_p": 0.9, "steps": 2},
+    "four tokens": BLOCKS | {"block_length": 4},
 }
-
-
-TESTED = [name for name in SETTINGS if name not in ("greedy", "four tokens")]
+TESTED = [*SETTINGS][:-1]
 
 
 def policy_table(model, sampling: dict, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """log p(token | prompt, state) under the policy, at every position of every state: (S, C, V), differentiable.
+    """The policy by its definition: log p(token | prompt, state), (S, C, V); and the ids left to it, or those given.
 
-    By its definition: temperature; never the mask; top-k: fewer than k tokens are more probable; top-p: the more
-    probable ones make up less than top_p. Also the ids so kept, (S, C, V) bool; pass them to have another model's
-    policy over the same choice.
+    Never the mask; top-k: fewer than k tokens are more probable; top-p: these make up less than top_p.
     """
     input_ids = [PROMPT + state for state in itertools.product(WORDS, repeat=sampling["completion_length"])]
     logits = model(input_ids=torch.tensor(input_ids)).logits[:, len(PROMPT) :] / (sampling["temperature"] or 1.0)
     if keep is None:
         keep = (torch.arange(len(WORDS)) != MASK).expand(logits.shape)
         better = (logits[..., None, :] > logits[..., :, None]) & keep[..., None, :]  # [..., a, b]: b beats a
-        most = (sampling["top_k"] or len(WORDS)) if sampling["temperature"] else 1
-        keep = keep & (better.sum(-1) < most)
+        keep = keep & (better.sum(-1) < ((sampling["top_k"] or len(WORDS)) if sampling["temperature"] else 1))
         p = logits.masked_fill(~keep, -math.inf).softmax(-1)
         keep = keep & ((better * p[..., None, :]).sum(-1) < sampling["top_p"])
     return logits - logits.masked_fill(~keep, -math.inf).logsumexp(-1, keepdim=True), keep
 
 
-def ways(unmasking: str, logp: Tensor, keep: Tensor, confidence: Tensor, masked: list[int], count: int):
-    """All that one step can do in one state: pairs of what it unmasks, {position: token}, and its log-probability."""
-    options = [keep[i].nonzero().flatten().tolist() for i in range(len(keep))]
-    if unmasking == "random":
-        subsets = list(itertools.combinations(masked, count))
-        for subset in subsets:
-            for tokens in itertools.product(*(options[i] for i in subset)):
-                yield zip(subset, tokens), sum(logp[subset, tokens]) - math.log(len(subsets))
-        return
-    outcomes = defaultdict(list)  # low confidence: a token for every masked position, of which the surest stay
-    for tokens in itertools.product(*(options[i] for i in masked)):
-        drawn = sorted(zip(masked, tokens), key=lambda place: -confidence[place])
-        outcomes[tuple(sorted(drawn[:count]))].append(sum(logp[masked, tokens]))
-    for unmasked, several in outcomes.items():
-        yield unmasked, torch.stack(several).logsumexp(0)
-
-
 @lru_cache
-def enumerate_trajectories(name: str, kind: str = "bert", seed: int = 2) -> SimpleNamespace:
+def enumerated(name: str, seed: int = 2) -> SimpleNamespace:
     """Every trajectory of one setting, N of them: as a rollout that nobody sampled, and with its exact probability.
 
-    log_probability (N,) is of the whole trajectory, choice of positions included; logp (N, C) of each token in the
-    state it was unmasked in (logp_under: under another model); all differentiable. state (N, C) is the number of that
-    state; keep (S, C, V) bool the ids to choose from in each state.
+    log_probability (N,) is of all of it, the choice of positions included; by_step (N, T) of the tokens of each step;
+    logp_under(model) (N, C) of each token, in the state that is number `state` (N, C); all differentiable.
     """
-    model, sampling = mask_predictor(kind, seed), SETTINGS[name]
+    model, sampling = mask_predictor(seed=seed), SETTINGS[name]
     C, block, T, ends = (sampling[key] for key in ("completion_length", "block_length", "steps", "eos_id"))
-    ends = ends if isinstance(ends, list) else [ends]
-    inside = T * block // C  # steps inside one block
+    ends, inside = ends if isinstance(ends, list) else [ends], T * block // C  # steps inside one block
     logp, keep = policy_table(model, sampling)
     confidence, _ = policy_table(model, sampling | {"temperature": 1.0, "top_k": 0, "top_p": 1.0})
-    number, found = {state: n for n, state in enumerate(itertools.product(WORDS, repeat=C))}, []
+    found = []
 
     def walk(t: int, history: dict, log_probability: Tensor):  # history: position -> (step, token, state before)
-        start = t // inside * block
-        last_block = {history[i][1] for i in range(start - block, start)} if t and t % inside == 0 else set()
-        if t == T or last_block and last_block <= {*ends}:
-            found.append((t, history, log_probability))
+        start, tokens = t // inside * block, [history[i][1] if i in history else MASK for i in range(C)]
+        if t == T or start and {*tokens[start - block : start]} <= {*ends}:
+            found.append((t, log_probability, [history.get(i, (-1, EOS, 0)) for i in range(C)]))
             return
-        n = number[tuple(history[i][1] if i in history else MASK for i in range(C))]
-        masked = [i for i in range(start, start + block) if i not in history]
-        count = block // inside + (t % inside < block % inside)
-        for unmasked, step_logp in ways(sampling["unmasking"], logp[n], keep[n], confidence[n], masked, count):
-            walk(t + 1, history | {i: (t, token, n) for i, token in unmasked}, log_probability + step_logp)
+        n = int(number(torch.tensor(tokens)))
+        masked = [i for i in range(start, start + block) if tokens[i] == MASK]
+        count = math.ceil(len(masked) / (inside - t % inside))
+        subsets = list(itertools.combinations(masked, count)) if sampling["unmasking"] == "random" else [masked]
+        outcomes = defaultdict(list)
+        for subset in subsets:  # low confidence: a token for every masked position, of which the surest stay
+            for drawn in itertools.product(*(keep[n, i].nonzero().flatten().tolist() for i in subset)):
+                surest = sorted(zip(subset, drawn), key=lambda place: -confidence[(n, *place)])[:count]
+                outcomes[tuple(sorted(surest))].append(logp[n, subset, drawn].sum() - math.log(len(subsets)))
+        for unmasked, several in outcomes.items():
+            now = {i: (t, token, n) for i, token in unmasked}
+            walk(t + 1, history | now, log_probability + torch.stack(several).logsumexp(0))
 
-    walk(0, {}, torch.zeros((), dtype=torch.float64))
-    lengths, histories, log_probabilities = zip(*found)
-    table = torch.tensor([[history.get(i, (-1, EOS, 0)) for i in range(C)] for history in histories])
-    step, completion, state = table.unbind(-1)
-    place = (state, torch.arange(C))
-    logp_under = lambda other: policy_table(other, sampling, keep)[0][(*place, completion)].masked_fill(step < 0, 0)
-    token_logp = logp_under(model)
-    entropy = torch.special.entr(logp.exp().masked_fill(~keep, 0)).sum(-1)[place].masked_fill(step < 0, 0).detach()
-    entropy = torch.zeros(len(found), T).double().scatter_add(1, step.clamp(min=0), entropy)
+    walk(0, {}, torch.tensor(0.0).double())
+    num_steps, log_probability, histories = zip(*found)
+    step, completion, state = torch.tensor(histories).unbind(-1)
+    prompt, place, ended = torch.tensor([PROMPT] * len(found)), (state, torch.arange(C)), step < 0
+    logp_under = lambda other: policy_table(other, sampling, keep)[0][(*place, completion)].masked_fill(ended, 0)
+    entropy = torch.special.entr(logp.detach().exp().masked_fill(~keep, 0)).sum(-1)[place].masked_fill(ended, 0)
+    by_step = lambda x: torch.zeros(len(found), T).double().scatter_add(1, step.clamp(min=0), x)
     cut = sampling["top_k"] or sampling["top_p"] < 1 or not sampling["temperature"]
     kept = torch.where(keep, torch.arange(len(WORDS)), -1)[place] if cut else None
-    prompt, num_steps = torch.tensor([PROMPT] * len(found)), torch.tensor(lengths)
-    e = SimpleNamespace(model=model, sampling=sampling, state=state, keep=keep, logp=token_logp, logp_under=logp_under)
-    e.rollout = Rollout(prompt, prompt > -1, completion, step, token_logp.detach(), entropy, num_steps, kept)
+    recorded = step, logp_under(model).detach(), by_step(entropy), torch.tensor(num_steps), kept
+    e = SimpleNamespace(model=model, sampling=sampling, state=state, keep=keep, logp_under=logp_under)
+    e.rollout, e.by_step = Rollout(prompt, prompt > -1, completion, *recorded), by_step(logp_under(model))
     e.policy = {"mask_id": MASK, "temperature": sampling["temperature"]}
-    e.log_probability = torch.stack(log_probabilities)
+    e.log_probability = torch.stack(log_probability)
     e.probability = e.log_probability.detach().exp()
-    e.rewards = torch.rand(len(number), generator=seeded(0)).double()[[number[text] for text in keys(completion)]]
+    e.rewards = torch.rand(len(WORDS) ** C, generator=seeded(0)).double()[number(completion)]
     return e
-
-
-def select(rollout: Rollout, rows) -> Rollout:
-    return Rollout(*(None if value is None else value[rows] for value in vars(rollout).values()))
 
 
 def gradient_of(value: Tensor, model) -> Tensor:
     """d value / d theta by autograd, as one vector."""
     gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True)
-    return torch.nn.utils.parameters_to_vector(gradients)
+    return flat(gradients)
 
 
-def update_of(model, *args, **options) -> Tensor:
-    """What `policy_gradient` adds to .grad, as one vector, with the sign of an ascent."""
+def update_of(model, *args, **options) -> tuple[Tensor, dict]:
+    """What `policy_gradient` adds to .grad, with the sign of an ascent, and what it returns."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    agrpo.policy_gradient(model, *args, **options)
-    return -torch.nn.utils.parameters_to_vector(p.grad for p in model.parameters())
+    figures = agrpo.policy_gradient(model, *args, **options)
+    return -flat(p.grad for p in model.parameters()), figures
 
 
 @contextmanager
 def passes_seen(model):
-    """Counts the sequences that go through the model, and the positions that go through its head."""
-    seen, body, head = Counter(), model.base_model, model.cls if hasattr(model, "cls") else model.lm_head
+    """Counts the sequences that go through a model, and the positions through its head."""
+    seen, body, head = Counter(), model.base_model, model.get_output_embeddings()
     count = lambda _, __, given: seen.update(sequences=len(given["input_ids"]))
     count_head = lambda _, given: seen.update(positions=given[0].shape[:-1].numel())
     with body.register_forward_pre_hook(count, with_kwargs=True), head.register_forward_pre_hook(count_head):
@@ -220,451 +192,333 @@ def write(model, prompt: Tensor, seed: int = 0, prompt_mask: Tensor | None = Non
     return sample(model, prompt, prompt_mask, generator=seeded(seed), **sampling)
 
 
-@pytest.mark.parametrize("name", [*TESTED, "greedy"])
-def test_sampler_draws_trajectories_with_their_probabilities_and_records_them(name):
-    """20,000 samples are as frequent as the enumeration says, nothing else occurs, and what is recorded is exact."""
-    e = enumerate_trajectories(name)
+@pytest.mark.parametrize("name", TESTED)
+def test_sampler_draws_from_its_process_and_records_it(name):
+    """20,000 samples are as frequent as the enumeration says, nothing else occurs, and what is recorded is exact.
+    `estimate_logp` finds it again at the steps that it draws, in value and gradient."""
+    e = enumerated(name)
     which = {key: n for n, key in enumerate(keys(e.rollout.completion, e.rollout.step))}
-    assert len(which) == len(e.probability) and abs(float(e.probability.sum()) - 1) < 1e-12
+    assert len(which) == len(e.probability) and abs(e.probability.sum() - 1) < 1e-12
     rollout = write(e.model, torch.tensor([PROMPT] * 20_000), **e.sampling)
-    number = torch.tensor([which[key] for key in keys(rollout.completion, rollout.step)])
+    drawn = torch.tensor([which[key] for key in keys(rollout.completion, rollout.step)])
     expected = 20_000 * e.probability
-    often = expected >= 5  # Pearson's chi-square: its mean is that of so many squares of standard normals
-    chi2 = ((torch.bincount(number, minlength=len(which)) - expected) ** 2 / expected)[often].sum()
+    often = expected >= 5  # Pearson's chi-square
+    chi2 = ((torch.bincount(drawn, minlength=len(which)) - expected) ** 2 / expected)[often].sum()
     freedom = (1 - e.probability[often]).sum().clamp(min=1)
     assert chi2 < freedom + 3 * (2 * freedom).sqrt()
-    exact = select(e.rollout, number)
-    assert_close(rollout.logp, exact.logp)
-    assert_close(rollout.entropy, exact.entropy)
-    assert rollout.num_steps.equal(exact.num_steps) and (rollout.kept is None) == (exact.kept is None)
-    if rollout.kept is not None:
-        ids = [(r.kept[..., None] == torch.arange(4)).any(2)[r.step >= 0] for r in (rollout, exact)]
-        assert ids[0].equal(ids[1])
+    assert (rollout.kept is None) == (e.rollout.kept is None)
+    for field in ("logp", "entropy", "num_steps"):
+        assert_close(getattr(rollout, field), getattr(e.rollout, field)[drawn])
+    options = {"k": 2, "proposal": proposal_of(e.rollout, "surprise")}
+    steps, weights = draw_timesteps(e.rollout.num_steps, generator=seeded(0), **options)
+    exact = (weights * e.by_step.gather(1, steps)).sum(1)
+    estimate = agrpo.estimate_logp(e.model, e.rollout, generator=seeded(0), **options, **e.policy)
+    assert_close(estimate, exact)
+    assert_close(*(gradient_of(x @ e.rewards, e.model) for x in (estimate, exact)))
 
 
 @pytest.mark.parametrize("unmasking", ["random", "low_confidence"])
-@pytest.mark.parametrize("cut", [{"temperature": 1.5}, {"temperature": 1.2, "top_k": 3, "top_p": 0.9}])
-def test_sampler_keeps_its_promises(unmasking, cut):
-    """Each step unmasks its share of its block; rows stop after a block of EOS; what pads a prompt changes nothing."""
+def test_sampler_looks_only_where_it_must(unmasking):
+    """Rows that have ended leave the batch, the head sees one block; what pads a prompt changes nothing."""
     model = mask_predictor()
     model.cls.predictions.bias.data += torch.tensor([0.0, 0.0, 1.0, 50.0])  # EOS is common; the mask tempts
     prompt_mask = torch.arange(4) >= torch.arange(64)[:, None] % 4  # left padding
     prompt = torch.where(prompt_mask, torch.arange(4) % 2, MASK)
-    sampling = PLAIN | {"completion_length": 12, "block_length": 3, "steps": 8, "unmasking": unmasking} | cut
+    sampling = PLAIN | {"completion_length": 12, "steps": 8, "unmasking": unmasking, "temperature": 1.2, "top_p": 0.9}
     with passes_seen(model) as seen:
-        rollout = write(model, prompt, prompt_mask=prompt_mask, **sampling)
-    completion, step, num_steps = rollout.completion, rollout.step, rollout.num_steps
-    assert not (completion == MASK).any() and (completion[step < 0] == EOS).all()
-    ended = (completion.view(64, 4, 3) == EOS).all(2).cumsum(1).roll(1, 1) > 0  # (64, 4 blocks), before that block
-    ended[:, 0] = False
-    expected = torch.tensor([0, 0, 1]) + 2 * torch.arange(4)[:, None]  # two tokens, then one
-    assert step.view(64, 4, 3).sort(2).values.equal(expected.expand(64, 4, 3).masked_fill(ended[..., None], -1))
-    assert num_steps.equal(2 * (~ended).sum(1)) and len(num_steps.unique()) > 2  # rows end here and there
-    # Rows that have ended leave the batch, rows that are alike share a pass, and the head sees no other positions.
-    states = [torch.cat([prompt_mask, completion.where((step >= 0) & (step < t), MASK)], 1) for t in range(8)]
-    assert seen["sequences"] == sum(len(state[num_steps > t].unique(dim=0)) for t, state in enumerate(states))
-    assert seen["positions"] == (~ended).sum() * (2 + 1 if unmasking == "random" else 3 + 1)
-    for padding in range(4):  # `step_logps` finds the sampler's logp in all rows; and then where padding is cut off
-        bare = select(rollout, slice(padding, None, 4 if padding else 1))
-        bare = replace(bare, prompt=bare.prompt[:, padding:], prompt_mask=bare.prompt_mask[:, padding:])
-        row, t = (torch.arange(8) < bare.num_steps[:, None]).nonzero(as_tuple=True)
-        logp, unmasked = step_logps(model, bare, row, t, mask_id=MASK, temperature=cut["temperature"])
-        assert unmasked.equal(bare.step[row] == t[:, None]) and not logp[~unmasked].any()
-        assert_close(torch.zeros_like(bare.logp).index_add(0, row, logp.detach()), bare.logp)
+        rollout = write(model, prompt, prompt_mask=prompt_mask.long(), **sampling)  # a mask of integers will do
+    step, num_steps = rollout.step, rollout.num_steps
+    assert rollout.prompt_mask.dtype == torch.bool
+    assert not (rollout.completion == MASK).any() and len(num_steps.unique()) > 2
+    assert seen["positions"] == (step >= 0).sum() * (1 if unmasking == "random" else 4 / 3)  # of 3, 1: not of 2, 1
+    row, t = (torch.arange(8) < num_steps[:, None]).nonzero(as_tuple=True)
+    for few in (row >= 0, row % 4 == 3):  # in all rows, or with padding cut off
+        with passes_seen(model) as seen:
+            logp, unmasked = step_logps(model, rollout, row[few], t[few], mask_id=MASK, temperature=1.2)
+        assert unmasked.equal(step[row[few]] == t[few, None]) and seen["positions"] == 2 * few.sum()
+        assert_close(logp.detach(), rollout.logp[row[few]] * unmasked)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "dream"])
-def test_logits_at_are_those_of_the_full_forward_pass(kind):
-    """Value and gradient, padded or not, in any order; equal rows share a pass, the head sees no other positions."""
-    model, tolerance = mask_predictor(kind), 1e-12 if kind == "bert" else 1e-5  # Llama's norms round to float32
-    ids = (torch.arange(45).view(5, 9) ** 2 % 7 % 4)[[0, 1, 2, 3, 4, 0, 1]]
-    positions, weight = torch.tensor([8, 4, 6]), torch.randn(3, len(WORDS), generator=seeded(0))
-    full = model(input_ids=ids).logits
-    exact = full[:, positions - int(kind == "dream")]
+@pytest.mark.parametrize("dream", [False, True])
+def test_logits_at_are_those_of_the_full_forward_pass(dream):
+    """Padded or not, in any order; equal rows share a pass, the head sees no other positions."""
+    model = mask_predictor(dream=dream)
+    ids, positions = (torch.arange(45).view(5, 9) ** 2 % 7 % 4)[[0, 1, 2, 3, 4, 0, 1]], torch.tensor([8, 4, 6])
+    exact = model(input_ids=ids).logits[:, positions - int(dream)]
     for padding in (0, 3):
         padded = torch.cat([torch.arange(7 * padding).view(7, padding) % 4, ids], 1)
         attention_mask = (torch.arange(9 + padding) >= padding).expand(7, -1) if padding else None
         with passes_seen(model) as seen:
             logits = agrpo.logits_at(model, padded, attention_mask, (positions + padding).expand(7, 3))
         assert seen == {"sequences": 5, "positions": 7 * 3}
-        assert_close(logits, exact, atol=tolerance)
-        assert_close(*(gradient_of((x * weight).sum(), model) for x in (logits, exact)), atol=tolerance)
-    ids[:, 8] = (ids[:, 8] + 1) % 4  # not causal: the first position sees the last
-    assert ((model(input_ids=ids).logits - full)[:, 0].abs() > 1e-3).any()
+        assert_close(logits, exact, atol=1e-5 if dream else 1e-12)  # Qwen's norms round to float32
 
 
-def test_what_cannot_work_is_refused():
-    """Steps that do not spread evenly over the blocks, proposals that never draw a step, groups that do not fit."""
-    two = torch.tensor([2])
-    for call in [
-        *(partial(agrpo.tokens_per_step, *wrong) for wrong in [(10, 4, 4), (12, 4, 4), (12, 4, 2), (4, 2, 6)]),
-        partial(write, None, two[None], **PLAIN | {"steps": 7}),
-        *(partial(draw_timesteps, two, 1, torch.tensor([[1.0, p]])) for p in (-1.0, 0.0, math.nan, math.inf)),
-        partial(draw_timesteps, two, 1, torch.ones(1, 1)),  # a proposal for fewer steps than the row has taken
-        partial(draw_timesteps, two, 0),
-        partial(group_advantages, torch.ones(6), 4),
+def test_what_would_be_wrong_is_refused():
+    """Steps that do not fit, proposals without a step, padding on the right, dropout, unknown words."""
+    model, two, prompt = mask_predictor(), torch.tensor([2]), torch.tensor([[*PROMPT, MASK]])
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, is_causal=False))
+    causal = mask_predictor(dream=True)
+    del causal.config.is_causal
+    gradient = partial(agrpo.policy_gradient, *[None] * 3, k=1, mask_id=MASK, temperature=1.0, on_policy=True)
+    proposals = [torch.tensor([[1.0, *p]]) for p in ([-1], [0], [math.nan], [math.inf], [])]  # for a row of two steps
+    for said, wrong in [
+        ("does not divide", partial(agrpo.tokens_per_step, 10, 4, 4)),
+        *(("must be a multiple", partial(agrpo.tokens_per_step, *wrong)) for wrong in [(12, 4, 4), (4, 2, 6)]),
+        *(("positive", partial(draw_timesteps, two, 1, proposal)) for proposal in proposals),
+        ("at least 1", partial(draw_timesteps, two, 0)),
+        ("groups of 4", partial(group_advantages, torch.ones(6), 4)),
+        ("padded on the left", partial(write, model, prompt, prompt_mask=prompt != MASK, **PLAIN)),
+        *(("is neither like", partial(agrpo.logits_at, m, prompt, None, prompt)) for m in (roberta, causal)),
+        ("dropout is on", partial(write, mask_predictor().train(), prompt, **PLAIN)),
+        ("unmasking is", partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"})),
+        ("length_norm is", partial(gradient, length_norm="seqence")),
+        ("needs ref_model", partial(gradient, beta=0.1)),
+        ("method is one of", partial(agrpo.Settings, method="grpo")),
+        ("validation", partial(TASKS["sudoku"].examples, "validation", agrpo.Settings())),
     ]:
-        with pytest.raises(ValueError):
-            call()
-
-
-def test_what_would_be_silently_wrong_is_refused():
-    """Padding on the right, dropout, heads and positions of another kind, a causal mask, words that nobody knows."""
-    model, prompt, left = mask_predictor(), torch.tensor([[MASK, *PROMPT]]), torch.tensor([[0, 1, 1]])
-    rollout = write(model, prompt, prompt_mask=left, **PLAIN)  # a mask of integers will do
-    assert rollout.logp.equal(write(model, prompt, prompt_mask=left.bool(), **PLAIN).logp)
-    policy = {"k": 1, "mask_id": MASK, "temperature": 1.0, "on_policy": True}
-    gradient = partial(agrpo.policy_gradient, model, rollout, torch.ones(1), **policy)
-    for said, wrong in {
-        "padded on the left": partial(write, model, prompt.roll(-1), prompt_mask=left.roll(-1), **PLAIN),
-        "unmasking is": partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"}),
-        "length_norm is": partial(gradient, length_norm="seqence"),
-        "needs ref_model": partial(gradient, beta=0.1),
-        "method is one of": partial(agrpo.Settings, method="grpo"),
-        "validation": partial(TASKS["sudoku"].examples, "validation", agrpo.Settings()),
-    }.items():
         with pytest.raises((ValueError, KeyError), match=said):
             wrong()
-    with pytest.raises(ValueError, match="dropout is on"):
-        write(model.train(), prompt, prompt_mask=left, **PLAIN)
-    shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 2, "intermediate_size": 8}
-    for kind in ("Roberta", "ModernBert", "DistilBert", "Electra", "GPT2", "Llama"):
-        config = getattr(transformers, f"{kind}Config")(**shape, pad_token_id=0)
-        model = getattr(transformers, f"{kind}ForMaskedLM", None) or getattr(transformers, f"{kind}ForCausalLM", None)
-        model = model or transformers.GPT2LMHeadModel
-        with pytest.raises(ValueError, match=f"{kind}.* is neither like BERT"):
-            agrpo.logits_at(model(config).eval(), prompt, None, prompt)
-
-
-def test_top_p_alone_keeps_at_most_1024_ids():
-    """Whole vocabularies of ids would be gigabytes. Top-p is taken among the kept ones, and they are all there is."""
-    logits = torch.randn(2, 3, 5000, generator=seeded(0))
-    kept = agrpo.truncate(logits, MASK, 1.0, top_p=0.999)
-    assert kept.equal(agrpo.truncate(logits, MASK, 1.0, top_k=1024, top_p=0.999)) and kept.shape == (2, 3, 1024)
-    assert_close(agrpo.policy_logps(logits, MASK, 1.0, kept).exp().sum(-1), torch.ones(2, 3), atol=1e-4)
 
 
 # ===== 3. Timesteps: weights that are right on average, strata that are hit once ======================================
 
 
-def every_draw(proposal: Tensor, num_steps: Tensor, k: int, at: float = 0.5):
-    """Each row with each of its timestep draws, M in all; and a context in which M rows draw just that.
+def proposal_of(rollout: Rollout, kind: str) -> Tensor:
+    """Nine tenths by the entropy of a step or the surprise, 1 - p, of its tokens; a tenth is uniform."""
+    taken = (torch.arange(rollout.entropy.shape[1]) < rollout.num_steps[:, None]).double()
+    doubt = [((1 - rollout.logp.exp()) * (rollout.step == t)).sum(1) for t in range(taken.shape[1])]
+    score = {"uniform": taken, "entropy": rollout.entropy, "surprise": torch.stack(doubt, 1)}[kind].double()
+    return 0.9 * score / score.sum().clamp(min=1e-9) + 0.1 * taken / taken.sum()
+
+
+def every_draw(proposal: Tensor, num_steps: Tensor, k: int, at: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row with each of its timestep draws: rows (M,), probabilities (M,), what each step then weighs (M, T).
 
     A row draws at the points j + x, x uniform. It draws step t with probability min(1, c p_t), where c, found by
-    bisection, makes them add up to k. On each of the M pieces of x between the edges no point changes its step, so the
-    mean over x is a finite sum. Returns rows (M,), the probability of the draw (M,), context. at: where in the piece.
+    bisection, makes them add up to k. On a piece of x between two edges the draw is the same. at: where in the piece.
     """
-    cut = []
-    for p in (p[:length].double() for p, length in zip(proposal, num_steps)):
-        low, high = 0.0, k / float(p.min())
-        for _ in range(100):
-            c = (low + high) / 2
-            low, high = (c, high) if (c * p).clamp(max=1).sum() < k else (low, c)
-        edges = ((high * p).clamp(max=1).cumsum(0) % 1).tolist()
-        cut.append(list(itertools.pairwise(sorted({0.0, 1.0} | {x for x in edges if 1e-12 < x < 1 - 1e-12}))))
-    rows = torch.tensor([row for row, pieces in enumerate(cut) for _ in pieces])
-    low, high = torch.tensor([x for pieces in cut for x in pieces], dtype=torch.float64).T
-    return rows, high - low, mock.patch.object(torch, "rand", lambda *_, **__: (low + at * (high - low))[:, None])
+    p = proposal.double() * (torch.arange(proposal.shape[1]) < num_steps[:, None])
+    low, high = 0 * p[:, :1], 0 * p[:, :1] + 1e9
+    for _ in range(100):
+        c = (low + high) / 2
+        few = (c * p).clamp(max=1).sum(1, keepdim=True) < k
+        low, high = c.where(few, low), high.where(few, c)
+    edges = (high * p).clamp(max=1).cumsum(1) % 1
+    edges = edges.where((edges - 0.5).abs() < 0.5 - 1e-12, 0)  # rounding leaves no pieces at the ends
+    edges = torch.cat([edges, high**0], 1).sort(1).values  # the first is 0, where the points reach k
+    rows, piece = edges.diff().nonzero(as_tuple=True)
+    share = edges.diff()[rows, piece]
+    x = (edges[rows, piece] + at * share)[:, None]
+    with mock.patch.object(torch, "rand", lambda *_, **__: x):
+        steps, weights = draw_timesteps(num_steps[rows], k, proposal[rows])
+    return rows, share, torch.zeros(len(rows), proposal.shape[1]).double().scatter_add(1, steps, weights)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7])
-@pytest.mark.parametrize("uniform", [True, False])
-def test_timestep_weights_are_unbiased(uniform, k):
-    """Each step's weight is 1 on average, exactly, so that sum_j w_j f(t_j) is sum_t f(t) on average, for any f."""
+def test_timestep_weights_are_unbiased(k):
+    """Each step's weight is 1 on average, exactly. Each row has one point in each unit of its k; rows and seeds differ."""
     num_steps = torch.tensor([5, 3, 1])
-    taken = (torch.arange(5) < num_steps[:, None]).double()
+    taken = (torch.arange(5) < num_steps[:, None]).double()  # what a proposal says of others does not matter
     scores = torch.tensor([[3.0, 0.02, 1.0, 0.5, 2.2], [0.7, 2.0, 0.01, 9.0, 9.0], [0.4, 9.0, 9.0, 9.0, 9.0]])
-    for at in (0.01, 0.99):  # a draw is constant on a piece
-        rows, share, context = every_draw(taken if uniform else scores, num_steps, k, at)
-        with context:  # what a proposal says of steps that a row did not take does not matter
-            steps, weights = draw_timesteps(num_steps[rows], k, None if uniform else scores[rows])
-        weight, times = (torch.zeros(len(rows), 5).double().scatter_add(1, steps, x) for x in (weights, weights.sign()))
-        assert times.max() == 1  # no step twice: each costs a pass
+    for proposal, at in itertools.product((taken, scores), (0.01, 0.99)):
+        rows, share, weights = every_draw(proposal, num_steps, k, at)
+        assert_close(torch.zeros_like(taken).index_add(0, rows, share[:, None] * weights), taken)
+        assert (weights > 0).sum(1).equal(num_steps[rows].clamp(max=k))  # no step twice: each costs a pass
         covered = num_steps[rows] <= k
-        assert_close(torch.zeros_like(taken).index_add(0, rows, share[:, None] * weight), taken)
-        assert weight[covered].equal(taken[rows][covered])  # at most k steps: each once with weight 1, in every draw
+        assert weights[covered].equal(taken[rows][covered])  # each step once with weight 1, in every draw
+    uniform = (draw_timesteps(num_steps, k, proposal, seeded(0)) for proposal in (None, taken))
+    assert all(ours.equal(theirs) for ours, theirs in zip(*uniform))
+    draws = [draw_timesteps(torch.full((6,), 7 * k), k, generator=seeded(seed))[0] for seed in range(50)]
+    draws = torch.stack(draws)  # (50, 6, k)
+    assert (draws // 7 == torch.arange(k)).all() and (draws - draws[..., :1] == 7 * torch.arange(k)).all()
+    assert len(draws[..., 0].unique(dim=0)) == 50 and len(draws[:, 0, 0].unique()) == 7
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_strata_are_hit_exactly_once(k, rows=6):
-    """Each row has one point in each unit of its k, at equal distances; rows and seeds differ."""
-    draws = [draw_timesteps(torch.full((rows,), 7 * k), k, generator=seeded(seed)) for seed in range(50)]
-    for steps, weights in draws:
-        assert (steps // 7 == torch.arange(k)).all() and (weights == 7).all()
-        assert (steps - steps[:, :1] == 7 * torch.arange(k)).all()
-    assert len({tuple(steps[:, 0].tolist()) for steps, _ in draws}) == 50 > len({int(s[0, 0]) for s, _ in draws}) == 7
+# ===== 4. The gradient: what is unbiased, for what, and at what variance; and the story as tables =====================
 
 
-# ===== 4. The likelihood: exact for a trajectory, a bound for a text ==================================================
-
-
-def proposal_of(rollout: Rollout, kind: str) -> Tensor:
-    scores = {"uniform": 0 * rollout.entropy, "entropy": rollout.entropy, "surprise": agrpo.surprise(rollout)}
-    return agrpo.defensive_proposal(scores[kind], rollout.num_steps)
-
-
-def estimates(e: SimpleNamespace, k: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, over all timestep draws, of `estimate_logp` for each trajectory; differentiable."""
-    proposal, none = proposal_of(e.rollout, kind), torch.zeros_like(e.probability)
-    rows, share, context = every_draw(proposal, e.rollout.num_steps, k)
-    with context:
-        estimate = agrpo.estimate_logp(e.model, select(e.rollout, rows), k, proposal=proposal[rows], **e.policy)
-    mean = none.index_add(0, rows, share * estimate)
-    return mean, none.index_add(0, rows, share * (estimate - mean[rows]).detach() ** 2).sqrt()
-
-
-@pytest.mark.parametrize("name", TESTED)
-def test_estimate_is_unbiased_and_exact_once_k_covers_all_steps(name):
-    """Its mean over all timestep draws is the trajectory's log-likelihood; with k >= T each draw is. So its gradient.
-
-    With random unmasking that is the gradient of the whole trajectory's: the order carries no parameters.
-    """
-    e = enumerate_trajectories(name)
-    whole = e.logp.sum(1) if "low" in name else e.log_probability
-    for kind, k in [("entropy", 1), ("surprise", 2), ("uniform", e.sampling["steps"] + 3)]:
-        mean, deviation = estimates(e, k, kind)
-        assert_close(mean, e.logp.sum(1))
-        assert_close(gradient_of(mean @ e.rewards, e.model), gradient_of(whole @ e.rewards, e.model))
-        assert (deviation[e.rollout.num_steps <= k] < 1e-7).all()
-
-
-def text_likelihoods() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every text (M, C); and from the 3! trajectories that lead to it: log p(text), its ELBO, mean `estimate_logp`."""
-    e = enumerate_trajectories("plain")
-    texts, text = e.rollout.completion.unique(dim=0, return_inverse=True)
-    total = lambda x: torch.zeros(len(texts)).double().index_add(0, text, x.detach())
-    return texts, total(e.probability).log(), total(e.logp.sum(1)) / 6, total(estimates(e, 1, "entropy")[0]) / 6
-
-
-def test_mean_over_orders_is_the_elbo_a_lower_bound():
-    """The mean over orders is the any-order ELBO, below log p(text | prompt); one trajectory's likelihood is exact."""
-    _, marginal, elbo, estimate = text_likelihoods()
-    assert_close(estimate, elbo)
-    assert (elbo < marginal).all() and float(marginal.exp() @ (marginal - elbo)) > 0.01
-
-
-# ===== 5. The gradient: what is unbiased, and for what; and what is not, and by how much ==============================
-
-
-def policy_gradient_of(e: SimpleNamespace, length: Tensor | None = None) -> Tensor:
+def policy_gradient_of(e, length: Tensor | None = None) -> Tensor:
     """grad E[(r - mean r) / length], length T if not given, by autograd through the enumeration."""
     value = (e.rewards - e.probability @ e.rewards) / (e.sampling["steps"] if length is None else length)
     return gradient_of(e.log_probability.exp() @ value, e.model)
 
 
-def advantage_mass(e: SimpleNamespace, group_size: int = 2, scale_by_std: bool = False) -> Tensor:
-    """(N,) probability x advantage of a trajectory, added up over all N^G groups that it may be in, and over G.
-
-    The update is linear in the advantages, so one call with these is the mean over all groups.
-    """
+def advantage_mass(e, group_size: int = 2, scale_by_std: bool = False) -> Tensor:
+    """(N,) probability x advantage of a trajectory, added up over all N^G groups that it may be in, and over G."""
     groups = torch.cartesian_prod(*[torch.arange(len(e.probability))] * group_size)  # (N^G, G)
     advantage = group_advantages(e.rewards[groups].flatten(), group_size, scale_by_std).view(-1, group_size)
     mass = e.probability[groups].prod(1, keepdim=True) * advantage / group_size
     return torch.zeros_like(e.probability).index_add(0, groups.flatten(), mass.flatten())
 
 
-def mean_update(e: SimpleNamespace, k: int, kind: str = "uniform", mass=None, rollout=None, **options) -> Tensor:
-    """The mean of `policy_gradient` over all trajectories, groups and timestep draws: one real call on all of them, in
-    which each step that may be drawn is, with its mean weight over all real draws: the update is linear in the weights.
-    """
+def mean_update(e, k: int = 1, kind: str = "uniform", mass=None, rollout=None, **options) -> Tensor:
+    """The mean of `policy_gradient` over all trajectories, groups and timestep draws, by one real call on all of them:
+    it is linear in their weights."""
     rollout, mass = rollout or e.rollout, advantage_mass(e) if mass is None else mass
 
     def mean_draw(num_steps, k, proposal, generator):
-        rows, share, context = every_draw(proposal, num_steps, k)
-        with context:
-            steps, weights = draw_timesteps(num_steps[rows], k, proposal[rows])
-        mean = torch.zeros(int(num_steps)).double().index_add(0, steps.flatten(), (share[:, None] * weights).flatten())
-        return torch.arange(int(num_steps))[None], mean[None]
+        _, share, weights = every_draw(proposal, num_steps, k)
+        return torch.arange(int(num_steps))[None], (share @ weights)[None]
 
     options = {"on_policy": True, "length_norm": "constant", "micro_batch": 4096} | e.policy | options
     with mock.patch.object(agrpo, "draw_timesteps", mean_draw):  # the call divides by its rows
-        return update_of(e.model, rollout, mass * len(mass), k=k, proposal=proposal_of(rollout, kind), **options)
+        return update_of(e.model, rollout, mass * len(mass), k=k, proposal=proposal_of(rollout, kind), **options)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in TESTED if "low" not in name] + ["llama"])
+@pytest.mark.parametrize("name", [name for name in TESTED if "low" not in name])
 def test_mean_update_is_the_policy_gradient(name):
-    """Its mean over all trajectories, groups and timestep draws is (1 - 1/G) grad E[reward] / T, exactly.
-
-    1/T is the objective's mean over steps. 1 - 1/G comes from the baseline, the group's mean, of which each row's own
-    reward is one part in G. Off policy the ratio is to the recorded probabilities: 1, if temperature and truncation are
-    the sampler's. length_norm "sequence" is the same where no row ends early. Else it is unbiased for GRPO's surrogate,
-    grad E[(r - mean r) / T_i]: a good row counts for more the shorter it is, a bad one for less the longer it is.
-    """
-    e = enumerate_trajectories("blocks, top-p", "llama") if name == "llama" else enumerate_trajectories(name)
-    G, tolerance = 3 if name == "two tokens" else 2, 1e-6 if name == "llama" else 1e-10  # its norms round to float32
+    """It is (1 - 1/G) grad E[reward] / T, exactly, or that of (r - mean r) / T_i where length_norm is "sequence"."""
+    e, G = enumerated(name), 3 if name == "top-k, top-p" else 2
     mass = advantage_mass(e, G)
-    cases = [("uniform", 1, True), ("entropy", 1, False), ("surprise", 2, False), ("surprise", 3, True)]
-    for kind, k, on_policy in cases:
-        update = mean_update(e, k, kind, mass, on_policy=on_policy)
-        assert_close(update, (1 - 1 / G) * policy_gradient_of(e), atol=tolerance)
+    for kind, k, on_policy in [("uniform", 1, True), ("entropy", 1, False), ("surprise", 3, False)]:
+        assert_close(mean_update(e, k, kind, mass, on_policy=on_policy), (1 - 1 / G) * policy_gradient_of(e))
     update = mean_update(e, 1, "entropy", mass, length_norm="sequence")
-    assert_close(update, (1 - 1 / G) * policy_gradient_of(e, e.rollout.num_steps), atol=tolerance)
+    assert_close(update, (1 - 1 / G) * policy_gradient_of(e, e.rollout.num_steps))
 
 
-def test_nothing_is_wasted():
-    """Rows without advantage and repeated steps cost no pass, equal states share one; the head sees one token each."""
-    e = enumerate_trajectories("blocks")
-    learning = torch.arange(len(e.probability)) % 3 > 0
-    for k in (0, 1, 3, 4):
-        with passes_seen(e.model) as seen:
-            options = {"k": k or 4, "on_policy": True, "micro_batch": 2000} | e.policy
-            update_of(e.model, e.rollout, learning * min(k, 1.0), **options)
-        assert seen["positions"] == min(k * int(learning.sum()), int(e.rollout.num_steps[learning].sum()))
-    assert seen["sequences"] == len(e.state[learning][e.rollout.step[learning] >= 0].unique()) < seen["positions"]
-    # Without them it is the same update, their proposals included.
-    A, proposal, options = learning.double(), proposal_of(e.rollout, "surprise"), {"k": 1, "on_policy": True} | e.policy
-    whole = update_of(e.model, e.rollout, A, proposal=proposal, generator=seeded(0), **options)
-    part, A, proposal = select(e.rollout, learning), A[learning], proposal[learning]
-    part = update_of(e.model, part, A, proposal=proposal, generator=seeded(0), **options)
-    assert_close(whole, part * learning.double().mean())
-
-
-def test_passes_go_where_there_is_most_to_learn():
-    """Rows of large advantage get all of their steps, the others few; within a row the proposal decides."""
-    e, rows, steps = enumerate_trajectories("blocks, no EOS"), [], []
-    A = torch.where(torch.arange(len(e.probability)) < 10, 1.0, 1e-4).double()
-    spy = lambda model, rollout, r, t, **more: (
-        rows.append(r) or steps.append(t) or step_logps(model, rollout, r, t, **more)
-    )
-    proposal = torch.tensor([[1.0, 1e-3, 1, 1]]).expand(len(A), 4)
-    with mock.patch.object(agrpo, "step_logps", spy):
-        update_of(e.model, e.rollout, A, k=1, on_policy=True, proposal=proposal, **e.policy)
-    rows, steps = torch.cat(rows), torch.cat(steps)
-    assert len(rows) == len(A) and (rows < 10).sum() >= 30 and (steps[rows >= 10] == 1).sum() <= 2
-    assert torch.bincount(steps[rows >= 10], minlength=4)[[0, 2, 3]].min() > len(A) / 5
-    rows, steps, _ = agrpo.draw_pairs(torch.full((64,), 16), torch.ones(64), 1, generator=seeded(0))
-    assert rows.tolist() == list(range(64)) and len({*steps.tolist()}) > 8  # equal rows do not all draw the same step
+def test_pairs_are_drawn_in_proportion():
+    """Rows of magnitude 0 take no part; no pair is drawn twice; equal rows do not all draw the same step."""
+    num_steps, rng = torch.tensor([16, 12, 9] * 32), seeded(0)
+    magnitude, proposal = (1 + torch.rand(shape, generator=rng, dtype=torch.float64) for shape in (96, (96, 16)))
+    magnitude[::4] = 0
+    rows, steps, weights = agrpo.draw_pairs(num_steps, magnitude, 2, proposal, rng)
+    assert len({*keys(rows[:, None], steps[:, None])}) == len(rows) == 2 * 72
+    density = magnitude[:, None] * proposal * (torch.arange(16) < num_steps[:, None])
+    assert_close(weights, density.sum() / density[rows, steps] / (2 * 72))
+    rows, steps, _ = agrpo.draw_pairs(torch.full((64,), 16), torch.ones(64), 1, generator=rng)
+    assert rows.tolist() == list(range(64)) and len({*steps.tolist()}) > 8
 
 
 @lru_cache
 def bias_table(seeds: int = 8) -> dict[str, Tensor]:
-    """The mean update of each estimator beside (1 - 1/G) grad E[reward] / T, for 8 random mask predictors.
+    """Each estimator's mean update beside (1 - 1/G) grad E[reward] / T: cosine, relative norm and error.
 
-    (seeds, 3): cosine of the two; norm, relative to the exact one; relative error. Resampled masks: as if a text had
-    been written in every order equally often. One step: all tokens from nothing but masks, the prompt left as it is.
+    Resampled masks: as if a text had been written in every order equally often. One step: with the prompt unmasked.
     """
     table = defaultdict(list)
     for seed in range(seeds):
-        plain, blocks, sure = (enumerate_trajectories(n, seed=seed) for n in ("plain", "blocks", "low confidence"))
-        mass = advantage_mass(plain)
-        same = (plain.rollout.completion[:, None] == plain.rollout.completion).all(2).double()  # (N, N), same text
+        plain, blocks, sure = (enumerated(n, seed=seed) for n in ("plain", "blocks", "low confidence"))
+        mass, completion = advantage_mass(plain), plain.rollout.completion
+        same = (completion[:, None] == completion).all(2).double()  # (N, N), same text
         one_step = agrpo.one_step_view(plain.model, plain.rollout, **plain.policy)
         one_step.prompt = plain.rollout.prompt
-        for name, e, update in [
-            ("AGRPO, k=1, uniform", plain, mean_update(plain, 1, "uniform", mass)),
-            ("AGRPO, k=1, entropy", plain, mean_update(plain, 1, "entropy", mass)),
-            ("AGRPO, k=2, surprise", plain, mean_update(plain, 2, "surprise", mass)),
-            ("AGRPO, rows end early, constant", blocks, mean_update(blocks, 1)),
-            ("  rows end early, sequence", blocks, mean_update(blocks, 1, length_norm="sequence")),
-            ("  advantage / std of the group", plain, mean_update(plain, 1, mass=advantage_mass(plain, 2, True))),
-            ("  low-confidence unmasking", sure, mean_update(sure, 1)),
-            ("  resampled masks (ELBO)", plain, mean_update(plain, 1, mass=same @ mass / same.sum(1))),
-            ("  one step (diffu-GRPO)", plain, mean_update(plain, 1, mass=mass, rollout=one_step)),
+        for name, e, *how, options in [
+            ("AGRPO, k=1, uniform", plain, {}),
+            ("AGRPO, k=1, entropy", plain, 1, "entropy", {}),
+            ("AGRPO, k=2, surprise", plain, 2, "surprise", {}),
+            ("AGRPO, rows end early, constant", blocks, {}),
+            ("  rows end early, sequence", blocks, {"length_norm": "sequence"}),
+            ("  advantage / std of the group", plain, {"mass": advantage_mass(plain, 2, True)}),
+            ("  low-confidence unmasking", sure, {}),
+            ("  resampled masks (ELBO)", plain, {"mass": same @ mass / same.sum(1)}),
+            ("  one step (diffu-GRPO)", plain, {"rollout": one_step}),
         ]:
-            exact = (1 - 1 / 2) * policy_gradient_of(e)
+            update, exact = mean_update(e, *how, **options), (1 - 1 / 2) * policy_gradient_of(e)
             error, norm = ((x.norm() / exact.norm()).item() for x in (update - exact, update))
             table[name].append([torch.cosine_similarity(update, exact, 0).item(), norm, error])
     return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in table.items()}
 
 
-def test_what_is_biased():
-    """The other estimators miss the policy gradient, and not by a factor: their mean points elsewhere.
+@lru_cache
+def passes_table(T: int = 4) -> dict:
+    """(Squared bias, variance times passes) of one completion's estimate of grad E[reward], over the squared gradient.
 
-    std: groups that hardly differ count as much as those that do. Low confidence: the positions depend on the
-    parameters, which the sum of log-probabilities leaves out. Resampled masks: given its text, a trajectory's order is
-    not uniform, unless the predictor is consistent. One step: the states looked at were never visited.
+    A bias is scaled away as far as it goes. Random masks: of L tokens, L uniform, scored in one pass, times T / L.
     """
-    for name, rows in bias_table().items():
-        if name.startswith("AGRPO"):
-            assert_close(rows, torch.tensor([[1.0, 1.0, 0.0]] * 8).double())
-        else:
-            most = 0.998 if "low-confidence" in name else 0.92 if "one step" in name else 0.993
-            assert rows[:, 0].median() < most and rows[:, 2].median() > 0.05, (name, rows)
+    e, found = enumerated("four tokens"), {}
+    table, states = policy_table(e.model, e.sampling)[0], torch.cartesian_prod(*[torch.arange(len(WORDS))] * T)
+    score = torch.zeros(*table.shape, sum(p.numel() for p in e.model.parameters())).double()
+    for place in ((states == MASK)[..., None] & e.keep).nonzero():
+        score[tuple(place)] = gradient_of(table[tuple(place)], e.model)
+    at, completion, A = e.rollout.step.argsort(1), e.rollout.completion, e.rewards - e.probability @ e.rewards
+    scores = score[e.state.gather(1, at), at, completion.gather(1, at)]  # (N, T, weights)
+    exact = (e.probability * A) @ scores.sum(1)
+
+    def error(name: str, passes: int, share: Tensor, estimate: Tensor):
+        mean = share @ estimate
+        scale = mean @ exact / (mean @ mean)
+        variance = share @ (estimate**2).sum(1) - mean @ mean
+        bias, norm = ((scale * mean - exact) ** 2).sum(), exact @ exact
+        found[name] = (bias / norm).item(), (passes * scale**2 * variance / norm).item()
+
+    for k in (1, 2, 4):
+        rows, share, weights = every_draw(proposal_of(e.rollout, "surprise"), e.rollout.num_steps, k)
+        estimate = A[rows, None] * torch.einsum("nt,ntp->np", weights, scores[rows])
+        error(f"AGRPO, k = {k}" + " = T" * (k == T), k, share * e.probability[rows], estimate)
+    masks = torch.cartesian_prod(*[torch.arange(2)] * T)[1:]  # of one token to all
+    for name, some in ("random masks (ELBO)", masks), ("one step (diffu-GRPO)", masks[-1:]):
+        share, estimate = [], []
+        for mask in some:
+            L, state = int(mask.sum()), number(completion.where(mask == 0, MASK))
+            estimate.append(A[:, None] * score[state[:, None], torch.arange(T), completion].sum(1) * T / L)
+            share.append(e.probability / math.comb(T, L))
+        share = torch.cat(share)
+        error(name, 1, share / share.sum(), torch.cat(estimate))
+    return found
 
 
-# ===== 6. The objective, on and off the policy that sampled ===========================================================
-
-
-def test_advantages_and_proposals_by_hand():
-    """Reward minus the group's mean, 0 in a group of equals. Defensive: a tenth is uniform over the steps taken."""
-    rewards, expected = torch.tensor([1.0, 0.0, 0.0, 0.1, 0.1, 0.1]), torch.tensor([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
+def test_advantages_and_proposals_and_top_p_by_hand():
+    """Reward minus the group's mean, 0 in a group of equals. A tenth of a proposal is uniform over the steps taken."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.1, 0.1, 0.1])
+    expected = torch.tensor([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
     for scale_by_std, scale in [(False, 1.0), (True, math.sqrt(1 / 3) + 1e-4)]:
-        advantage = group_advantages(rewards, 3, scale_by_std)
-        torch.testing.assert_close(advantage * scale, expected)
-        assert not advantage[3:].any()
+        torch.testing.assert_close(group_advantages(rewards, 3, scale_by_std) * scale, expected)
     torch.testing.assert_close(group_advantages([1, 0, 0], 3), expected[:3])  # a list, of whole numbers, too
     assert not group_advantages(torch.full((7,), 0.7), 7).any()  # although their mean rounds to another number
-    proposal = agrpo.defensive_proposal(torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]]), torch.tensor([3, 2]))
-    assert_close(proposal, torch.tensor([[49, 4, 139], [4, 4, 0]]).double() / 200, atol=1e-7)
-    assert_close(
-        agrpo.defensive_proposal(torch.zeros(1, 4), torch.tensor([2])), torch.tensor([[1, 1, 0, 0]]).double() / 2
-    )
-    e = enumerate_trajectories("blocks, top-p")  # surprise: 1 - p of the tokens of each step
-    doubt = [((1 - e.logp.detach().exp()) * (e.rollout.step == t)).sum(1) for t in range(4)]
-    assert_close(agrpo.surprise(e.rollout), torch.stack(doubt, 1))
+    rollout = enumerated("blocks, top-p").rollout
+    assert_close(agrpo.defensive_proposal(rollout), proposal_of(rollout, "surprise"))
+    sure = replace(rollout, logp=0 * rollout.logp)
+    assert_close(agrpo.defensive_proposal(sure), proposal_of(rollout, "uniform"))
+    logits = torch.randn(2, 5000, generator=seeded(0))  # top-p alone is taken among 1,024 ids
+    kept = agrpo.truncate(logits, MASK, 1.0, top_p=0.999)
+    assert kept.equal(agrpo.truncate(logits, MASK, 1.0, top_k=1024, top_p=0.999)) and kept.shape == (2, 1024)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ratio_is_one_on_the_first_update(dtype):
-    """On the policy that sampled the ratio is exactly 1 and nothing is clipped, however the sampler rounded."""
+    """On the policy that sampled the ratio is exactly 1, however the sampler rounded."""
     model, sampling = mask_predictor().to(dtype), SETTINGS["blocks, top-p"]
     rollout = write(model, torch.tensor([PROMPT] * 32), **sampling)
+    assert rollout.logp.dtype == rollout.entropy.dtype == torch.float32  # bfloat16 would be too coarse
     rollout = replace(rollout, logp=rollout.logp + 0.5 * (rollout.step >= 0))  # rounding, exaggerated
-    policy = {"mask_id": MASK, "temperature": sampling["temperature"]}
-    run = partial(agrpo.policy_gradient, model, rollout, torch.linspace(-1, 1, 32), k=2, **policy)
-    first, later = run(on_policy=True), run(on_policy=False)
-    assert (first["clip_ratio"], first["approx_kl"], first["kl"]) == (0, 0, 0)
-    assert later["clip_ratio"] > 0.1 and abs(later["approx_kl"] - (math.exp(-0.5) - 1 + 0.5)) < 0.02
-    logp, _ = step_logps(model, rollout, torch.arange(32), 0 * torch.arange(32), **policy)
-    assert rollout.logp.dtype == rollout.entropy.dtype == logp.dtype == torch.float32  # bfloat16 would be too coarse
+    run = partial(agrpo.policy_gradient, rollout=rollout, k=2, mask_id=MASK, temperature=sampling["temperature"])
+    A = torch.linspace(-1, 1, 32)
+    first, later = (run(model, advantage=A, on_policy=on_policy) for on_policy in (True, False))
+    assert (first["clip_ratio"], first["kl"]) == (0, 0)
+    assert run(None, advantage=0 * A, on_policy=True)["loss"] == 0  # nothing to learn, no pass
+    assert later["clip_ratio"] > 0.1
 
 
 @pytest.mark.parametrize("length_norm", ["sequence", "constant"])
-@pytest.mark.parametrize("name", ["blocks", "top-k, top-p", "two a step"])
+@pytest.mark.parametrize("name", ["blocks", "top-k, top-p"])
 def test_update_is_the_gradient_of_the_objective_as_written(name, length_norm):
     """Under another model than sampled, with clipping and KL: dJ / d theta, J written token by token; k covers all."""
-    e, model, reference = enumerate_trajectories(name), mask_predictor(seed=3), mask_predictor(seed=4)
+    e, model, reference = enumerated(name), mask_predictor(seed=3), mask_predictor(seed=4)
     A = torch.randn(len(e.probability), 1, generator=seeded(0)).double()
     A[::3] = 0  # the KL counts there too
     logp, taken = e.logp_under(model), e.rollout.step >= 0
     rho, d = (logp - e.rollout.logp).exp(), e.logp_under(reference).detach() - logp
     gain = torch.where(A > 0, rho.clamp(max=1.3), rho.clamp(min=0.9)) * A
     kl = rho * (d.exp() - d - 1)
-    length = e.rollout.num_steps if length_norm == "sequence" else e.sampling["steps"]
+    # On average it is KL(policy || reference) of each step at the states visited.
+    table, ref_table = (policy_table(m, e.sampling, e.keep)[0] for m in (model, reference))
+    exact = (table.exp() * (table - ref_table)).masked_fill(~e.keep, 0).sum(-1)[e.state, torch.arange(kl.shape[1])]
+    assert_close(*(gradient_of(e.probability @ (x * taken).sum(1), model) for x in (kl, exact)))
+    length = e.rollout.num_steps if length_norm == "sequence" else torch.tensor(e.sampling["steps"])
     J = (((gain - 0.3 * kl) * taken).sum(1) / length).mean()
     options = {"eps_low": 0.1, "eps_high": 0.3, "beta": 0.3, "ref_model": reference, "length_norm": length_norm}
     options |= {"k": e.sampling["steps"] + 1, "on_policy": False} | e.policy
-    assert_close(update_of(model, e.rollout, A[:, 0], micro_batch=10, **options), gradient_of(J, model))
-    figures = agrpo.policy_gradient(model, e.rollout, A[:, 0], micro_batch=1000, **options)
+    proposal = proposal_of(e.rollout, "surprise")
+    with mock.patch.object(agrpo, "draw_pairs", wraps=agrpo.draw_pairs) as draw:
+        update, figures = update_of(model, e.rollout, A[:, 0], micro_batch=10, proposal=proposal, **options)
+    assert_close(update, gradient_of(J, model))
+    assert draw.call_args.args[3] is proposal and draw.call_args.args[1].equal((A[:, 0].abs() + 0.3) / length)
     clipped = ((A > 0) & (rho > 1.3) | (A < 0) & (rho < 0.9)).double()
-    means = {"clip_ratio": clipped, "approx_kl": rho - 1 - rho.log(), "kl": kl}
+    means = {"clip_ratio": clipped, "kl": kl}
     expected = {"loss": -J} | {name: value[taken].mean() for name, value in means.items()}
     assert figures == {name: pytest.approx(value.item(), 1e-9) for name, value in expected.items()}
-
-
-@pytest.mark.parametrize("on_policy", [True, False])
-def test_kl_has_the_gradient_of_the_exact_kl_of_each_step(on_policy):
-    """Its mean over trajectories is KL(policy || reference) of each step at the states visited, in value and gradient.
-
-    How the parameters change which states are visited is left out: so its gradient is not quite that of the KL between
-    the two distributions of trajectories, though its value is that KL. rho makes it hold off policy too.
-    """
-    e = enumerate_trajectories("two tokens")
-    model, reference = e.model if on_policy else mask_predictor(seed=3), mask_predictor(seed=4)
-    logp, ref_logp = (policy_table(m, e.sampling, e.keep)[0] for m in (model, reference))
-    kl = (logp.exp() * (logp - ref_logp)).masked_fill(~e.keep, 0).sum(-1)  # (S, C)
-    exact = e.probability @ kl[e.state, torch.arange(2)].sum(1)
-    ref_logp = e.logp_under(reference).detach()
-    penalty = kl_penalty(e.logp_under(model), e.rollout.logp, ref_logp)
-    mean = e.probability @ penalty.sum(1)
-    assert (penalty >= 0).all()
-    assert_close(mean, exact)
-    assert_close(gradient_of(mean, model), gradient_of(exact, model))
-    if on_policy:
-        of_trajectories = e.log_probability.exp() @ (e.logp - ref_logp).sum(1)
-        assert_close(of_trajectories, exact)
-        assert torch.cosine_similarity(gradient_of(of_trajectories, model), gradient_of(exact, model), 0) < 0.999
 
 
 def test_one_step_view_masks_everything_and_some_of_the_prompt():
@@ -681,31 +535,24 @@ def test_one_step_view_masks_everything_and_some_of_the_prompt():
     assert one.num_steps.eq(1).all() and one.step.equal(torch.where(rollout.step < 0, -1, 0))
 
 
-# ===== 7. Variance: what the strata and the proposal buy; and the story as tables =====================================
+KINDS, POINTS = ("uniform", "entropy", "surprise"), {"iid": "independent", "batch": "strata of the batch"}
+POINTS |= {"row": "systematic in each row", "whole": "systematic in the batch, times |A| (ours)"}
 
 
-def plain_draw(stratified: bool, k: int, proposal: Tensor, _, rng: torch.Generator) -> Tensor:
-    """Importance sampling at independent points; or one in each of rows x k strata, dealt out at random (official)."""
-    p = proposal / proposal.sum(1, keepdim=True)
-    n = len(p) * k
-    stratum = torch.randperm(n, generator=rng) if stratified else torch.randint(n, (n,), generator=rng)
-    points = ((stratum + torch.rand(n, generator=rng, dtype=torch.float64)) / n).view(-1, k)
-    steps = torch.searchsorted(p.cumsum(1), points, right=True).clamp(max=p.shape[1] - 1)
-    return torch.zeros_like(p).scatter_add(1, steps, 1 / (k * p.gather(1, steps)))
-
-
-def systematic_draw(whole: bool, k: int, proposal: Tensor, advantage: Tensor, rng: torch.Generator) -> Tensor:
-    """Our draws: k in each row; or, as in `policy_gradient`, from all rows as if they were one, times |A|."""
-    lengths, drawn = torch.full((len(proposal),), proposal.shape[1]), torch.zeros_like(proposal)
-    if whole:
-        rows, steps, weights = agrpo.draw_pairs(lengths, advantage.abs(), k, proposal, rng)
-        return drawn.index_put((rows, steps), weights)
-    return drawn.scatter_add(1, *draw_timesteps(lengths, k, proposal, rng))
-
-
-SCHEMES = {"iid": partial(plain_draw, False), "batch": partial(plain_draw, True)}
-SCHEMES |= {"row": partial(systematic_draw, False), "whole": partial(systematic_draw, True)}
-KINDS = ("uniform", "entropy", "surprise")
+def draw(points: str, k: int, proposal: Tensor, advantage: Tensor, rng) -> Tensor:
+    """One draw's weights (B, T): of ours, in each row or in the whole batch; or of importance sampling, at independent
+    points or at one in each of B x k strata (official)."""
+    (B, T), weights = proposal.shape, torch.zeros_like(proposal)
+    if points == "whole":
+        rows, steps, drawn = agrpo.draw_pairs(torch.full((B,), T), advantage.abs(), k, proposal, rng)
+        return weights.index_put((rows, steps), drawn)
+    if points == "row":
+        return weights.scatter_add(1, *draw_timesteps(torch.full((B,), T), k, proposal, rng))
+    p, n = proposal / proposal.sum(1, keepdim=True), B * k
+    stratum = torch.randperm(n, generator=rng) if points == "batch" else torch.randint(n, (n,), generator=rng)
+    x = ((stratum + torch.rand(n, generator=rng, dtype=torch.float64)) / n).view(B, k)
+    steps = torch.searchsorted(p.cumsum(1), x, right=True).clamp(max=T - 1)
+    return weights.scatter_add(1, steps, 1 / (k * p.gather(1, steps)))
 
 
 def refrains(C: int = 16, words: int = 4):
@@ -726,115 +573,72 @@ def refrains(C: int = 16, words: int = 4):
 
 @lru_cache
 def variance_table(rows: int = 32, C: int = 16, rollouts: int = 4, draws: int = 150) -> dict[tuple, float]:
-    """E |estimate - full gradient|^2 / |full gradient|^2 over timestep draws, rollouts given: by (proposal, scheme, k).
-
-    Every estimate is a weighted sum of the same gradients, one for each (row, step): these are taken once.
-    """
+    """E |estimate - full gradient|^2 / |full gradient|^2 over timestep draws, rollouts given: by (proposal, points, k)."""
     model, rng, policy = refrains(), seeded(0), {"mask_id": 4, "temperature": 1.0}
     sampling = PLAIN | {"completion_length": C, "block_length": C, "steps": C, "eos_id": None} | policy
     variance, size = Counter(), 0.0
     for seed in range(rollouts):
         rollout = write(model, torch.zeros(rows, 1).long(), seed, **sampling)
         advantage = group_advantages((rollout.completion[:, 4:] == rollout.completion[:, :-4]).double().mean(1), 16)
-        gradients = []
-        for row, step in itertools.product(range(rows), range(C)):
-            logp, _ = step_logps(model, rollout, torch.tensor([row]), torch.tensor([step]), **policy)
+        gradients = []  # of each (row, step): every estimate is a weighted sum of these
+        for row, step in torch.cartesian_prod(torch.arange(rows), torch.arange(C)):
+            logp, _ = step_logps(model, rollout, row[None], step[None], **policy)
             gradients.append(gradient_of(logp.sum() * advantage[row], model))
         product = torch.stack(gradients) @ torch.stack(gradients).T  # (rows x T, rows x T)
         size += float(product.sum())
-        for kind, scheme, k in itertools.product(KINDS, SCHEMES, (1, 2, 4, 8)):
-            draw = partial(SCHEMES[scheme], k, proposal_of(rollout, kind), advantage, rng)
-            error = torch.stack([(draw() - 1).flatten() for _ in range(draws)])  # of the weights
-            variance[kind, scheme, k] += float((error @ product * error).sum(1).mean())
+        for kind, points, k in itertools.product(KINDS, POINTS, (1, 2, 4, 8)):
+            proposal = proposal_of(rollout, kind)
+            weights = torch.stack([draw(points, k, proposal, advantage, rng).flatten() for _ in range(draws)])
+            variance[kind, points, k] += float(((weights - 1) @ product * (weights - 1)).sum(1).mean())
     return {key: value / size for key, value in variance.items()}
 
 
-def test_strata_and_proposal_reduce_the_variance():
-    """Strata of each row do what strata of the batch do not; a proposal helps, surprise most; so do k, and drawing more
-    where the advantage is large. At k = T/2 all of it leaves a fiftieth of what independent uniform timesteps have."""
+def test_what_the_tables_show():
+    """Other estimators point elsewhere, whatever the passes. What makes draws better: strata of rows, surprise, |A|."""
+    for name, rows in bias_table().items():
+        if name.startswith("AGRPO"):
+            assert_close(rows, torch.tensor([[1.0, 1.0, 0.0]] * 8).double())
+        else:
+            most = 0.998 if "low-confidence" in name else 0.92 if "one step" in name else 0.993
+            assert rows[:, 0].median() < most and rows[:, 2].median() > 0.05, (name, rows)
+    for name, (bias, variance) in passes_table().items():
+        assert variance > 0 and (bias < 1e-20 if "AGRPO" in name else bias > 0.005), (name, bias)
     table = variance_table()
     for kind, (k, most) in itertools.product(KINDS, ((4, 0.95), (8, 0.7))):
         assert table[kind, "row", k] < most * min(table[kind, "iid", k], table[kind, "batch", k])
-    for kind, scheme, k in itertools.product(KINDS, SCHEMES, (1, 2, 4)):
-        assert table[kind, scheme, 2 * k] < 0.7 * table[kind, scheme, k]
     for k in (1, 2, 4, 8):
         assert table["surprise", "row", k] < 0.85 * table["entropy", "row", k] < 0.85 * table["uniform", "row", k]
         assert table["surprise", "whole", k] < 0.7 * table["surprise", "row", k]
     assert table["surprise", "whole", 8] < table["uniform", "iid", 8] / 50
 
 
-@lru_cache
-def passes_table(seed: int = 2, T: int = 4) -> dict[str, tuple[float, float]]:
-    """(Squared bias, variance times passes) of one completion's estimate of grad E[reward], over the squared gradient.
-
-    The mean of completions that cost P passes in all has the error bias + variance / P. The advantage is r - E[r]. An
-    estimator whose mean points elsewhere is first scaled to come as near as it can. Random masks: L of the T tokens are
-    masked, L uniform, and scored in one pass, times T / L: the usual estimate of the ELBO.
-    """
-    e = enumerate_trajectories("four tokens", seed=seed)
-    table, number = policy_table(e.model, e.sampling)[0], list(itertools.product(WORDS, repeat=T))
-    score = lru_cache(None)(lambda state, i, token: gradient_of(table[state, i, token], e.model))
-    texts, A = keys(e.rollout.completion), e.rewards - e.probability @ e.rewards
-    of_step = lambda n, t: next(i for i in range(T) if e.rollout.step[n, i] == t)
-    scores = [
-        [score(int(e.state[n, i]), i, o[i]) for i in (of_step(n, t) for t in range(T))] for n, o in enumerate(texts)
-    ]
-    scores = torch.stack([torch.stack(row) for row in scores])  # (N, T, parameters)
-    exact, found = (e.probability * A) @ scores.sum(1), {}
-
-    def error(name: str, passes: int, share: Tensor, estimate: Tensor):
-        mean = share @ estimate
-        scale = mean @ exact / (mean @ mean)
-        variance = share @ (estimate**2).sum(1) - mean @ mean
-        found[name] = tuple(
-            (x / (exact @ exact)).item() for x in (((scale * mean - exact) ** 2).sum(), passes * scale**2 * variance)
-        )
-
-    for k in (1, 2, 4):
-        rows, share, context = every_draw(proposal_of(e.rollout, "surprise"), e.rollout.num_steps, k)
-        with context:
-            steps, weights = draw_timesteps(e.rollout.num_steps[rows], k, proposal_of(e.rollout, "surprise")[rows])
-        weights = torch.zeros(len(rows), T).double().scatter_add(1, steps, weights)
-        estimate = A[rows, None] * torch.einsum("nt,ntp->np", weights, scores[rows])
-        error(f"AGRPO, k = {k}" + " = T" * (k == T), k, share * e.probability[rows], estimate)
-    hidden = [m for m in itertools.product((0, 1), repeat=T) if any(m)]
-    under = lambda o, m: sum(
-        score(number.index(tuple(MASK if b else w for b, w in zip(m, o))), i, o[i]) for i in range(T) if m[i]
-    )
-    for name, masks in ("random masks (ELBO)", hidden), ("one step (diffu-GRPO)", [(1,) * T]):
-        odds = torch.tensor([1 / (T * math.comb(T, sum(m))) if len(masks) > 1 else 1.0 for m in masks]).double()
-        cache = {(o, m): under(o, m) * T / sum(m) for o in set(texts) for m in masks}
-        estimate = torch.stack([A[n] * cache[o, m] for n, o in enumerate(texts) for m in masks])
-        error(name, 1, (e.probability[:, None] * odds).flatten(), estimate)
-    return found
-
-
-def test_bias_is_what_passes_cannot_buy_off():
-    """AGRPO's error falls to nothing with the passes; that of one step, or of random masks, stays."""
-    table = passes_table()
-    for name, (bias, variance) in table.items():
-        assert variance > 0 and (bias < 1e-20 if "AGRPO" in name else bias > 0.005), (name, bias)
-    assert table["one step (diffu-GRPO)"][1] < table["AGRPO, k = 1"][1]
-
-
 def print_tables():
     spell = lambda text: " ".join("xy."[token] for token in text)
     print("1. Likelihood of a text (nats; '.' is EOS). Averaged over all orders the estimate is the ELBO: a bound\n")
     print("   text      log p exact    ELBO exact   mean estimate       gap")
-    texts, marginal, elbo, estimate = text_likelihoods()
+    e = enumerated("plain")
+    texts, text = e.rollout.completion.unique(dim=0, return_inverse=True)  # 3! trajectories lead to each
+    exact, none = e.by_step.detach(), torch.zeros_like(e.probability)
+
+    def estimates(k: int):  # mean and standard deviation over all timestep draws
+        rows, share, weights = every_draw(proposal_of(e.rollout, "surprise"), e.rollout.num_steps, k)
+        moment = lambda p: none.index_add(0, rows, share * (weights * exact[rows]).sum(1) ** p)
+        return moment(1), (moment(2) - moment(1) ** 2).clamp(min=0).sqrt()
+
+    total = lambda x: none[: len(texts)].index_add(0, text, x)
+    marginal, elbo, estimate = total(e.probability).log(), total(exact.sum(1)) / 6, total(estimates(1)[0]) / 6
     for n in marginal.argsort(descending=True)[[0, 1, 2, 3, -2, -1]]:
-        gap = marginal[n] - elbo[n]
-        print(f"   {spell(texts[n])}   {marginal[n]:14.8f}{elbo[n]:14.8f}{estimate[n]:16.8f}{gap:10.4f}")
+        cells = f"{marginal[n]:14.8f}{elbo[n]:14.8f}{estimate[n]:16.8f}{marginal[n] - elbo[n]:10.4f}"
+        print(f"   {spell(texts[n])}   {cells}")
     print(f"   mean gap over texts: {marginal.exp() @ (marginal - elbo):.4f}")
 
     print("\n2. Likelihood of a trajectory (nats). Estimate from k of its 3 steps: mean over draws +- deviation\n")
-    print(f"   text   unmasked at  {'exact':>10s}" + "".join(f"{f'k = {k}':>24s}" for k in (1, 2, 3)))
-    e = enumerate_trajectories("plain")
-    by_k = [estimates(e, k, "surprise") for k in (1, 2, 3)]
+    print("   text   unmasked at       exact" + "".join(f"{f'k = {k}':>24s}" for k in (1, 2, 3)))
+    by_k = [estimates(k) for k in (1, 2, 3)]
     for row in e.probability.argsort(descending=True)[:5]:
-        text, at = spell(e.rollout.completion[row]), " ".join(map(str, e.rollout.step[row].tolist()))
         cells = "".join(f"{mean[row]:14.8f} +-{deviation[row]:7.4f}" for mean, deviation in by_k)
-        print(f"   {text}  {at}     {e.logp[row].sum():14.8f}{cells}")
+        at = " ".join(map(str, e.rollout.step[row].tolist()))
+        print(f"   {spell(e.rollout.completion[row])}  {at}     {exact[row].sum():14.8f}{cells}")
 
     print("\n3. Mean update over all trajectories, groups and draws, beside (1 - 1/G) grad E[reward] / T; 8 models\n")
     print(f"   {'median of the 8':32s}   cosine  (lowest)   |mean| / |exact|   relative error")
@@ -842,19 +646,18 @@ def print_tables():
         along, norm, error = rows.median(0).values.tolist()
         print(f"   {name:32s}{along:9.4f}{rows[:, 0].min():10.4f}{norm:19.4f}{error:17.1e}")
 
+    passes, ks = (10, 100, 1000, 10000), (1, 2, 4, 8)
     print("\n4. Error of the mean of completions that cost P passes: bias + variance / P, over |gradient|^2; T = 4\n")
-    print(f"   {'':28s}{'bias':>10s}{'variance':>10s}" + "".join(f"{f'P = {P}':>10s}" for P in (10, 100, 1000, 10000)))
+    print(f"   {'':28s}{'bias':>10s}{'variance':>10s}" + "".join(f"{f'P = {P}':>10s}" for P in passes))
     for name, (bias, variance) in passes_table().items():
-        errors = "".join(f"{bias + variance / P:10.3f}" for P in (10, 100, 1000, 10000))
+        errors = "".join(f"{bias + variance / P:10.3f}" for P in passes)
         print(f"   {name:28s}{bias:10.3f}{variance:10.1f}{errors}")
 
     print("\n5. Variance of the gradient estimate over draws / |gradient|^2: 32 completions, T = 16\n")
-    points = {"iid": "independent", "batch": "strata of the batch", "row": "systematic in each row"}
-    points |= {"whole": "systematic in the batch, times |A| (ours)"}
-    print(f"   {'proposal':12s}{'points':42s}" + "".join(f"{f'k = {k}':>9s}" for k in (1, 2, 4, 8)))
-    for kind, scheme in itertools.product(KINDS, SCHEMES):
-        figures = "".join(f"{variance_table()[kind, scheme, k]:9.3f}" for k in (1, 2, 4, 8))
-        print(f"   {kind:12s}{points[scheme]:42s}{figures}")
+    print(f"   {'proposal':12s}{'points':42s}" + "".join(f"{f'k = {k}':>9s}" for k in ks))
+    for kind, points in itertools.product(KINDS, POINTS):
+        figures = "".join(f"{variance_table()[kind, points, k]:9.3f}" for k in ks)
+        print(f"   {kind:12s}{POINTS[points]:42s}{figures}")
 
 
 # ===== 5. The command line, end to end ================================================================================
@@ -888,13 +691,8 @@ def refusal(*parts, main=agrpo.main) -> str:
     return said
 
 
-def rows_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def figures(folder: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the machine's speed."""
-    return [{n: value for n, value in row.items() if "seconds" not in n} for row in rows_of(folder / "metrics.jsonl")]
+rows_of = lambda file: [json.loads(line) for line in file.read_text().splitlines()]
+figures = lambda folder: rows_of(folder / "metrics.jsonl")
 
 
 def same_run(*runs: Path) -> bool:
@@ -917,7 +715,7 @@ def short_run(tmp_path_factory):
 def test_a_run_pretrains_measures_trains_and_saves(short_run):
     """It leaves all its files, prints a table and Sudokus, and is never overwritten; another seed is another run."""
     lines, results = figures(short_run), json.loads((short_run / "results.json").read_text())
-    names = "update loss reward reward_std frac_reward_zero_std accuracy completion_length entropy approx_kl kl "
+    names = "update loss reward reward_std frac_reward_zero_std accuracy completion_length entropy kl "
     assert all({*words(names, "learning_rate")} <= line.keys() for line in lines) and len(lines) == 4
     assert all(0 < line["reward"] < 1 and line["grad_norm"] > 0 and line["clip_ratio"] == 0 for line in lines)
     rates = [7e-4 * (u + 1) / 20 * (1 + math.cos(math.pi * u / 4)) / 2 for u in range(4)]  # warm-up, cosine
@@ -926,12 +724,8 @@ def test_a_run_pretrains_measures_trains_and_saves(short_run):
         assert results[stage][sampler].keys() == {"4"} and 0 <= results[stage][sampler]["4"] <= 1
     assert [path.name for path in agrpo.checkpoints(short_run)] == ["checkpoint-2", "checkpoint-4"]
     printed, pretrained = (short_run.parent / "printed.txt").read_text(), short_run / "base"
-    assert re.search(
-        r"greedy.* 4\n +base +0\.\d{3}\n +AGRPO +0\.\d{3}\n\n  Greedy, AGRPO in 4 steps: 0\.\d{3}", printed
-    )
-    assert (
-        len(re.findall(r"^ +[1-4.]( [1-4.]){3}   . . . .$", printed, re.MULTILINE)) >= 4
-    )  # a random model may write anything
+    assert re.search(r"greedy.* 4\n +base +0\.\d+\n +AGRPO +0\.\d+\n\n  Greedy, AGRPO in 4 steps: 0\.\d+", printed)
+    assert re.search(r"\n +[1-4.]( [1-4.]){3}   . . . .\n", printed)  # a puzzle, and what was made of it
     assert re.findall(r"^update (\d) of 4: reward \d", printed, re.MULTILINE) == [*"1234"]  # there is no terminal
     trained, base = (agrpo.load_model(str(folder))[0].parameters() for folder in (short_run, pretrained))
     assert any(not torch.equal(a, b) for a, b in zip(trained, base, strict=True))
@@ -1064,7 +858,7 @@ def test_other_methods_and_options_run_to_the_end(how, short_run):
         more += "--unmasking low_confidence --top_k 20 --top_p 0.9 --scale_by_std true "
     printed, lines = run(SHORT, folder, more, "--length_norm constant", how), figures(folder)
     assert len(lines) == 2 and all(abs(value) < 1e6 for line in lines for value in line.values())
-    assert all(line["approx_kl"] > 0 for line in lines)  # the second update of a rollout is off policy
+    assert any(line["clip_ratio"] > 0 for line in lines)  # the second update of a rollout is off policy
     assert ("diffu-GRPO" in printed) == ("diffu" in how) and (lines[1]["kl"] > 0) == ("beta" in how)
     assert ("eval_accuracy" in lines[0]) == any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
 
@@ -1080,12 +874,12 @@ REFUSED = {
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
     "--model .": "no config.json", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
     "--device abacus": "abacus", "--report_to wandb": "pip install wandb",
-    "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no weights yet",
+    "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no such file",
     "eval B --steps 17": "17 steps", "eval B --steps few": "invalid int", "eval B --base nowhere": "no such file",
     "eval B --seeds 0 1": "--temperature above 0", "eval B --samples 4": "--temperature above 0",
-    "eval B --task gsm8k": "know no gsm8k", "eval B --device abacus": "abacus", "eval B --no_such 1": "no_such",
-    "eval B --data nowhere": "no such file", "eval B --save old": "is there", "eval B --save no/such": "no such folder",
-    "eval B --completion_length 256 --block_length 256 --steps 1": "128 positions",
+    "eval B --task countdown": "128 positions", "eval B --device abacus": "abacus", "eval B --no_such 1": "no_such",
+    "eval B --data nowhere": "no such file", "eval B --save old": "File exists", "eval B --save no/such": "No such file",
+    "eval B --rollout_batch 0": "must be above 0", "eval B --temperature -1": "must be above 0",
 }  # fmt: skip
 
 
@@ -1153,14 +947,13 @@ def test_right_and_wrong_answers(task):
 def test_rewards_count_tags_once_and_only_a_right_answer_scores_full_marks():
     """3 for the answer, 0.5 for each pair of tags; a pair written twice, or the wrong way round, is none."""
     right, example = "<reasoning>r</reasoning><answer>(1 + 2) * 3</answer>", {"numbers": "1,2,3", "target": "9"}
-    graded = {
-        right: 4,
-        right.replace("* 3", "* 4"): 1,
-        "<answer>(1 + 2) * 3</answer>": 3.5,
-        "(1 + 2) * 3": 3,
+    graded = {right: 4, right.replace("* 3", "* 4"): 1, "<answer>(1 + 2) * 3</answer>": 3.5, "(1 + 2) * 3": 3}
+    graded |= {
         "(1 + 2) * 3</answer>": 0,
+        right + "<answer>9</answer>": 0.5,
+        "</answer>(1 + 2) * 3<answer>": 0,
+        "<answer>" * 99 + right[22:]: 0,
     }
-    graded |= {right + "<answer>9</answer>": 0.5, "</answer>(1 + 2) * 3<answer>": 0, "<answer>" * 99 + right[22:]: 0}
     for completion, reward in graded.items():
         assert TASKS["countdown"].grade(example, completion) == (reward, reward >= 3), completion
     sudoku, example = TASKS["sudoku"], {"puzzle": PUZZLE}
@@ -1177,9 +970,7 @@ def test_sudoku_and_countdown_make_examples():
     assert (len(seen), len(held_out), len(seen | held_out)) == (240, 48, 288)
     assert test == task.examples("test", agrpo.Settings(seed=6)) and train != task.examples("train", agrpo.Settings())
     assert all(12 <= e["puzzle"].count("0") <= 14 and solved(e["puzzle"], e["solution"]) for e in train + test)
-    pretraining = {
-        example["solution"] for example in task.create("pretrain", 5)
-    }  # 528 Latin squares, 240 of them grids
+    pretraining = {example["solution"] for example in task.create("pretrain", 5)}  # of them 240 grids
     assert len(pretraining) == 528 and seen < pretraining and not held_out & pretraining
     assert all(sorted(square[i::4]) == sorted(square[:4]) == [*"1234"] for square in pretraining for i in range(4))
     for split, many in ("train", 4096), ("test", 256):
@@ -1323,9 +1114,7 @@ def a2d_checkpoint(folder: Path, kind: str, tied: bool, **change):
     raw = json.loads((folder / "config.json").read_text()) | {"model_type": f"a2d-{kind}", "is_causal": True} | change
     (folder / "config.json").write_text(json.dumps(raw))
     _, tokenizer, _ = agrpo.load_model("tiny")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ enable_thinking }}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ enable_thinking }}"
     tokenizer.save_pretrained(folder)
     return causal, raw
 
@@ -1344,13 +1133,11 @@ def test_a2d_checkpoints_are_transformers_models_that_look_both_ways(kind, tied,
         expected = causal(input_ids=IDS, attention_mask=mask, position_ids=places).logits
         found = agrpo.logits_at(model, IDS, real, everywhere)
         torch.testing.assert_close(found[:, pad:], expected[:, pad:], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(
-            found[:, pad], causal(input_ids=IDS).logits[:, pad], atol=1e-3
-        )  # it sees what follows
+        assert not torch.allclose(found[:, pad], causal(input_ids=IDS).logits[:, pad], atol=1e-3)  # it looks ahead
     agrpo.save_model(model, tokenizer, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == raw
     assert torch.equal(agrpo.load_model(str(tmp_path / "saved"))[0](IDS).logits, model(IDS).logits)
-    for split, answer in ("train", 5), ("test", 6):
+    for split, answer in ("train", 505), ("test", 606):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": f"{answer}?", "answer": f"#### {answer}"}))
     where = f"--task gsm8k --model {tmp_path}/a2d --data {tmp_path} --output_dir {tmp_path}/run --answer_format boxed"
     assert "Nothing to learn from" in run(LLADA_RUN, where)
@@ -1369,8 +1156,8 @@ def test_block_causal_relatives_and_windows_are_refused(tmp_path):
 
 
 CANNOT_SERVE = {  # what is said: what is changed in its config
-    "missing weights.*layers.2": {"n_layers": 3}, "unexpected weights.*(layers|blocks).1": {"n_layers": 1},
-    "gpt2": {"model_type": "gpt2"}, "billion.*for a CPU": {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288},
+    "missing.*layers.2.*unexpected": {"n_layers": 3}, "unexpected.*layers.1.*mismatched": {"n_layers": 1},
+    "gpt2": {"model_type": "gpt2"}, "billions.*for a CPU": {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288},
 }  # fmt: skip
 
 
@@ -1491,6 +1278,80 @@ def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypat
         assert all(words in said for words in ("(no route)", f"{option} FOLDER", "python agrpo.py"))
 
 
+class Living(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of the tensors alive, and the most there were. Fake ones, without contents, count as if real."""
+
+    now = most = 0
+
+    def add(self, size: int):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for storage in (x.untyped_storage() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)):
+            if not hasattr(storage, "counted"):
+                storage.counted = finalize(storage, self.add, -storage.nbytes())
+                self.add(storage.nbytes())
+        return result
+
+
+def peak_memory(config, args, length: int = 256, fake: bool = True) -> list[float]:
+    """Peak GiB of an update, a rollout batch and one of evaluation, with all that training holds meanwhile. Its code
+    runs, a step a block, on fake weights and real ids, at which `logits_at` looks; with the mask, which no fake token
+    replaces, as EOS a block will do. fake=False: on real weights, and the kernel counts."""
+    status, peaks, sampling = Path("/proc/self/status"), [], {name: getattr(args, name, 1) for name in PLAIN}
+    resident = lambda name: int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) / 2**20
+    before = 0 if fake else resident("VmRSS")
+    one_step = mock.patch.object(agrpo, "tokens_per_step", lambda length, block, steps: [length // steps])
+    numbers = mock.patch.multiple(Tensor, tolist=lambda _: [1.0] * 4, item=lambda _: 1.0, __float__=lambda _: 1.0)
+    with Living() as living, one_step, numbers:
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.device("cpu"):
+            model = transformers.AutoModelForCausalLM.from_config(config).train(args.gradient_checkpointing)
+            agrpo.add_lora(model, args.lora_rank, args.lora_rank)
+        args.gradient_checkpointing and model.activation_checkpointing_enable()
+        adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)  # as on GPUs
+        prompt = torch.randint(2, 99, (args.rollout_batch, length))
+        mask = torch.arange(prompt.numel()).view(prompt.shape) != length  # the second prompt is padded
+        roll = partial(sample, model, prompt, mask, **sampling)
+        some = Rollout(*(None if x is None else x[: args.micro_batch] for x in vars(roll()).values()))
+        A = torch.ones(args.micro_batch)
+        learn = partial(agrpo.policy_gradient, model, some, A, k=1, mask_id=1, temperature=1.0, on_policy=True)
+        measured = partial(roll, unmasking="low_confidence", temperature=0.0)
+        for work in learn, adam.step, lambda: (learn(), adam.step()), roll, measured:
+            living.most = living.now
+            fake or status.with_name("clear_refs").write_text("5")  # the peak so far is forgotten
+            work()
+            peaks.append(living.most / 2**30 if fake else resident("VmHWM") - before)
+    return peaks[2:]  # before, there were no gradients and states of Adam
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process")
+def test_memory_estimate_is_what_a_process_grows_by(monkeypatch):
+    """Within 15 %, on a CPU, with 27 million weights. A tiny model goes first, to load what stays loaded."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the kernel at once
+    shape = {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 16384}
+    tiny, big = (LlamaConfig(hidden_size=width, **shape, **agrpo.FULL) for width in (16, 512))
+    less = agrpo.Settings(lora_rank=8, micro_batch=8, rollout_batch=8, gradient_checkpointing=True)
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        process.apply(peak_memory, (tiny, less, 64, False))
+        for args in less, replace(less, gradient_checkpointing=False):
+            assert process.apply(peak_memory, (big, args, 64, False)) == pytest.approx(peak_memory(big, args, 64), 0.15)
+
+
+def print_memory():
+    print("Peak memory in GiB, an estimate, and the smallest GPU with a tenth to spare; prompts of 256 tokens\n")
+    print("   model  micro_batch  gradient_checkpointing    update   rollout  evaluation   GPU")
+    llada = LlamaConfig(intermediate_size=12288, vocab_size=126464, dtype="bfloat16", **agrpo.FULL), agrpo.RELEASE
+    qwen = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    qwen |= {"num_key_value_heads": 8, "tie_word_embeddings": True, "dtype": "bfloat16"} | agrpo.FULL  # else defaults
+    small = transformers.Qwen3Config(**qwen), agrpo.SMALL
+    for (config, settings), size, less in itertools.product((llada, small), (8, 2, 1), (False, True)):
+        need = peak_memory(config, agrpo.Settings(**settings | {"micro_batch": size, "gradient_checkpointing": less}))
+        gpu = min(gpu for gpu in (12, 24, 48, 80) if max(need) < 0.9 * gpu)
+        print("   {:5s}{:13d}{!s:>24s}{:10.1f}{:10.1f}{:12.1f}{:6d}".format(config.model_type, size, less, *need, gpu))
+
+
 # ===== 8. eval.py and the README ======================================================================================
 
 
@@ -1527,14 +1388,13 @@ def test_eval_gives_the_figures_of_training_and_counts_what_it_saved(how, half_k
     for (model, stage), steps in itertools.product((("base", "base"), ("trained", "AGRPO")), (4, 2, 1)):
         mine, figure = [r for r in lines if (r["model"], r["steps"]) == (model, steps)], found[model][str(steps)]
         assert figure["accuracy"] == mean([r["correct"] for r in mine]) and figure["tokens/pass"] == 16 / steps
-        assert figure["length"] == mean([r["length"] for r in mine])
+        assert all(figure[name] == mean([r[name] for r in mine]) for name in ("as released", "length"))
         assert figure["95% interval"] == pytest.approx(curve.wilson(figure["accuracy"], 24))
         if repeats == 1:
             assert figure["accuracy"] == training[stage]["as trained" if how else "greedy"][str(steps)]
             continue
         groups = [[r for r in mine if (r["seed"], r["example"]) == key] for key in itertools.product((0, 1), range(24))]
-        votes = [Counter((r["answer"], r["correct"]) for r in group if r["answer"]).most_common(1) for group in groups]
-        assert figure["majority@3"] == mean([bool(vote) and vote[0][0][1] for vote in votes])
+        assert figure["majority@3"] == mean([curve.vote(group, "sudoku") for group in groups])
         assert figure["pass@3"] == mean([any(r["correct"] for r in group) for group in groups])
         assert figure["by seed"] == [mean([r["correct"] for r in mine if r["seed"] == seed]) for seed in (0, 1)]
     grids = re.findall(r"step \d of 4\n((?:.+\n){4})", printed)
@@ -1548,10 +1408,11 @@ def test_intervals_and_votes_by_hand():
     """Wilson's closed form, with z = 1.959964; 1,234 and $1234 are one candidate, no answer is none, the first wins."""
     for right, n, low, high in (0, 10, 0, 0.277533), (8, 10, 0.490162, 0.943318), (50, 100, 0.403832, 0.596168):
         assert curve.wilson(right / n, n) == pytest.approx((low, high), abs=1e-6)
-    said = lambda *answers: [{"answer": answer, "correct": answer in ("1,234", "$1234", "(1+2)")} for answer in answers]
-    assert curve.vote(said("7", "1,234", "$1234"), "gsm8k") and not curve.vote(said("7", "1,234", "$1234"), "countdown")
-    assert curve.vote(said(None, None, "(1+2)"), "countdown") and not curve.vote(said(None, None), "countdown")
-    assert curve.vote(said("1,234", "8"), "gsm8k") and not curve.vote(said("8", "1,234"), "gsm8k")
+    said = lambda text: [{"answer": a, "correct": a in ("1,234", "$1234", "(1+2)")} for a in text.split("|")]
+    for text, task in ("7|1,234|$1234", "gsm8k"), ("1,234|8", "gsm8k"), ("||(1+2)", "countdown"):
+        assert curve.vote(said(text), task)
+    for text, task in ("7|1,234|$1234", "countdown"), ("8|1,234", "gsm8k"), ("|", "countdown"):
+        assert not curve.vote(said(text), task)
 
 
 def test_the_best_checkpoint_is_kept(half_known):
@@ -1682,4 +1543,4 @@ def test_slow_no_text_breaks_a_reward_or_cheats_it(name):
 
 
 if __name__ == "__main__":
-    print_tables()
+    print_memory() if "--memory" in sys.argv else print_tables()
