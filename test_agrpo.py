@@ -593,6 +593,16 @@ def variance_table(rows: int = 32, C: int = 16, rollouts: int = 4, draws: int = 
     return {key: value / size for key, value in variance.items()}
 
 
+def test_mean_over_orders_is_a_lower_bound():
+    """Averaged over the orders that lead to a text, the likelihood of the trajectory is the ELBO of the text's."""
+    e = enumerated("plain")
+    texts, text = e.rollout.completion.unique(dim=0, return_inverse=True)  # 3! trajectories lead to each
+    total = lambda x: torch.zeros(len(texts)).double().index_add(0, text, x)
+    exact, elbo = total(e.probability).log(), total(e.rollout.logp.sum(1)) / 6
+    assert_close(exact.exp().sum().item(), 1.0)
+    assert (elbo < exact + 1e-12).all() and (exact - elbo).max() > 0.01
+
+
 def test_what_the_tables_show():
     """Other estimators point elsewhere, whatever the passes. What makes draws better: strata of rows, surprise, |A|."""
     for name, rows in bias_table().items():
