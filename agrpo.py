@@ -2,7 +2,7 @@
 
     python agrpo.py                          train a tiny model on 4x4 Sudoku: minutes on a CPU, nothing to download
     python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (or math, countdown)
-    python agrpo.py --task gsm8k --model qwen3-0.6b       the same with 0.6 billion weights, on a GPU of 24 GB
+    python agrpo.py --task gsm8k --model qwen3-0.6b       the same with 0.6 billion weights, on a GPU of 12 GB
     torchrun --nproc_per_node 8 agrpo.py --task gsm8k
     python agrpo.py --resume RUN             go on with a run; other options given here override its own
     python agrpo.py --task gsm8k --help      every setting, with its default for that task
@@ -476,7 +476,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         rng = seeded_generator("cpu", args.seed, "timesteps", update, rank())
         proposal, scored, length_norm = defensive_proposal(rollout), rollout, args.length_norm
         if args.method == "diffu_grpo":
-            scored, length_norm = one_step_view(model, rollout, generator=rng, **policy), "constant"
+            once, length_norm = args.updates_per_rollout == 1, "constant"
+            scored = one_step_view(model, rollout, on_policy=once, generator=rng, **policy)
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
         for i in range(args.updates_per_rollout):
@@ -562,14 +563,18 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 
 
 @torch.no_grad()
-def one_step_view(model, rollout: Rollout, *, mask_id: int, temperature: float, micro_batch=64, generator=None):
+def one_step_view(
+    model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy=False, micro_batch=64, generator=None
+) -> Rollout:
     """The rollout as if one step had unmasked it all, with 15% of the prompt masked: its `policy_gradient`, with length
     norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
-    token was sampled in such a state. Not truncated. Its logp is the model's as it is now."""
+    token was sampled in such a state. Not truncated. Its logp is the model's as it is now; on policy none is needed."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
     prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
     view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
     view.entropy = torch.zeros_like(rollout.logp)  # its width is T for policy_gradient: here C, for a mean over tokens
+    if on_policy:
+        return view
     rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
     logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
     return replace(view, logp=torch.cat(logps))
@@ -1130,7 +1135,7 @@ RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how oft
     "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
     "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1, "save_every": 10,
 }  # fmt: skip
-SMALL = RELEASE | {  # for a Qwen3-0.6B that was made a masked diffusion model, on one GPU of 24 GB
+SMALL = RELEASE | {  # for a Qwen3-0.6B that was made a masked diffusion model
     "model": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "answer_format": "boxed", "max_steps": 100, "k": 16,
     "completion_length": 256, "block_length": 32, "learning_rate": 2e-5, "rollout_batch": 64, "eval_steps": [256, 128],
     "eval_examples": 256, "eval_every": 25,
