@@ -25,6 +25,7 @@ weighted by 1 / its probability of being drawn.
     L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
+    KL_j       an estimate, k3 times rho, of the KL from p_theta to the model before training, at position j
 
 A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
 
@@ -34,17 +35,18 @@ Averaged over orders, it is the ELBO of log p(o | q), a lower bound. With low-co
 theta: then the sum is an approximation. Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
 
     over the draw of steps    for the gradient of J, always
-    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T, beta is 0,
-                              advantages are not scaled, and it is the first optimizer step on these rollouts
-                              (the sets of ids that top-k and top-p keep are treated as constants)
+    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T (the default,
+                              T_i, is the same where no row ends early), beta is 0, advantages are not scaled, and it is
+                              the first optimizer step on these rollouts; top-k's and top-p's sets count as constants
 Whose is what?
 
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
-    the official code's   steps drawn by entropy, stratified over the batch; top-k and top-p in the ratio; RELEASE
+    the official code's   top-k and top-p in the ratio; its optimizer, and its settings: RELEASE, in section 8
     this file's own       steps drawn from all rows of a batch as if they were one, without replacement, more where
-                          |A_i| and surprise (1 - p of the tokens) are large; rho of the first optimizer step exactly
-                          1; every sampled token counts (the official code drops those behind the last non-EOS token,
-                          and so terms of the gradient)
+                          |A_i| and surprise (1 - p of the tokens) are large (the official code: by entropy, with
+                          replacement, spread over the batch); rho of the first optimizer step exactly 1; every sampled
+                          token counts (the official code drops those behind the last non-EOS token, and so terms of
+                          the gradient)
 """
 
 import ast
@@ -181,7 +183,8 @@ def sample(
     prompt (B, P) int64, padded on the left; prompt_mask (B, P) bool, False on padding; generator on the model's device.
     Inside a block each step unmasks `tokens_per_step` of the positions that are still masked:
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi + const.
-      unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others are masked again.
+      unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others (of low
+                                  confidence) are masked again.
     temperature 0 is greedy. A row has ended when its whole block is EOS: it leaves the batch and takes no further steps
     (with eos_id None, never). Of several EOS tokens a block may have any; the last of them fills up what has ended.
     mask_id is never sampled. Raises ValueError for settings that do not fit together.
@@ -290,11 +293,11 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
 
 def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw k (row, step) pairs a row, on average, from the steps of all rows as if they were those of one long row.
+    """Draw k R (row, step) pairs, k for each of R rows on average, from the steps of all these rows as if of one row.
 
     A pair is drawn in proportion to its row's magnitude (B,), nonnegative, times proposal (B, T), which is as in
-    `draw_timesteps`. Only rows of magnitude above 0 take part, R of them. `policy_gradient` gives (|A_i| + beta) / L_i:
-    a group with one right completion in G has one large advantage and G - 1 small ones, for which few passes will do.
+    `draw_timesteps`. The R rows are those of magnitude above 0. `policy_gradient` gives (|A_i| + beta) / L_i: a group
+    with one right completion in G has one large advantage and G - 1 small ones, for which few passes will do.
     Returns rows, steps int64 and weights float64, (N,) each with N <= k R, on the CPU: sum_n weights[n] f(rows[n],
     steps[n]) is unbiased for the sum of f over all pairs of these rows.
     """
@@ -302,7 +305,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
     active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
     rows = active[which]
-    # Points are one unit apart, so equal rows would be hit at the same place; a random rotation of each prevents that.
+    # Each row begins at a random one of its steps; else rows alike would be hit at the same ones: unbiased, but noisier.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
@@ -428,8 +431,8 @@ def policy_gradient(
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
         objective, kl = clipped_objective(logp, old_logp, A, eps_low, eps_high), torch.zeros_like(logp)
-        if beta > 0:  # k3, an estimate of KL(policy || reference), times rho as the old policy drew the tokens; both
-            with torch.no_grad():  # are as in DeepSeek-V3.2, arXiv 2512.02556
+        if beta > 0:  # k3, an estimate of KL(policy || reference), times rho, as the old policy drew: arXiv 2512.02556
+            with torch.no_grad():
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             d = ref_logp - logp
             kl = (logp - old_logp).exp() * (d.expm1() - d)
@@ -452,7 +455,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     history = load_training_state(run, optimizer)
     count, track = args.prompts_per_update, tracker(args, len(history))
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
-    model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
+    model.train(args.gradient_checkpointing)  # checkpointing works in training mode only; dropout is refused
     order = []
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
@@ -514,7 +517,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            bar.write("Nothing to learn from: all rewards of a group are equal. Easier: --answer_format boxed")
+            bar.write("Nothing to learn from: equal rewards in each group. A box is easier: --answer_format boxed")
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
@@ -535,8 +538,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. They end
-    before their first end token; what was sampled after it is trained on, not rewarded. changes override args."""
+    Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. The texts
+    end before the first end token; what was sampled after it is trained on, not rewarded. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, size = end_tokens(tokenizer), args.rollout_batch
     sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
@@ -566,7 +569,7 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 def one_step_view(
     model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy=False, micro_batch=64, generator=None
 ) -> Rollout:
-    """The rollout as if one step had unmasked it all, with 15% of the prompt masked: its `policy_gradient`, with length
+    """The rollout as if one step had unmasked it all, with 15% of the prompt masked: `policy_gradient` on it, with length
     norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
     token was sampled in such a state. Not truncated. Its logp is the model's as it is now; on policy none is needed."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
@@ -639,7 +642,7 @@ no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: non
 
 
 class BadInput(ValueError):
-    """What was given cannot work. The message says why and what to do, and is all that the scripts print."""
+    """What was given cannot work. The message says why and what to do; agrpo.py and eval.py print it and end."""
 
 
 @dataclass(frozen=True)
@@ -657,7 +660,7 @@ class Task:
     picture: Callable[[dict, str], str] = lambda example, completion: completion
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
-        """Examples of split "train" or "test": from --data, made here (what --data lacks too), or from the hub."""
+        """Examples of a split: from --data; made here, if there is no --data or no train* in it; or from the hub."""
         lacks = lambda folder: split == "train" and folder.exists() and not any(folder.rglob("train*"))
         if self.create and (not args.data or lacks(Path(args.data))):
             return self.create(split, args.seed)
@@ -672,7 +675,7 @@ class Task:
         return tokenizer.apply_chat_template(chat, tokenize=False, **options)
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
-        """(reward, whether the answer is right): 3 for a right answer, partial credit, 0.5 for each pair of tags."""
+        """(reward, whether the answer is right): 3 if it is, partial credit, 0.5 for each pair of tags, as the release."""
         answer, tags = answer_in(completion), [inside_tags(completion, tag) for tag in ("reasoning", "answer")]
         right = self.is_right(example, answer)
         return 3 * right + self.credit(example, answer) + 0.5 * sum(text is not None for text in tags), right
@@ -712,13 +715,13 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
         reason = str(error.__cause__ or error).split("\n")[0]
         raise BadInput(f"--data {files[0]}: not readable, or no rows: {reason}") from None
     rows = []
-    for number, row in enumerate(table.to_list(), start=1):
+    for n, row in enumerate(table.to_list(), start=1):
         rows.append({})
         for key, (column, pattern) in columns.items():
             value = next((row[name] for name in column.split("|") if row.get(name) is not None), "")
             match = re.fullmatch(pattern, str(value).strip(), re.DOTALL)
             if not match:
-                raise BadInput(f"--data {files[0]}, row {number}: no {column} like {pattern} in {row!r:.100}")
+                raise BadInput(f"--data {files[0]}, row {n}: no {column} like {pattern} in {row!r:.100}")
             rows[-1][key] = match[match.lastindex or 0]
     return rows
 
@@ -871,8 +874,8 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
 
     name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file
-    saved: a run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama, Dream a Qwen2, A2D a Qwen3, Qwen2 or
-    Llama, all without the causal mask: transformers' own classes hold them, and no remote code runs.
+    saved: a run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama, Dream a Qwen2, A2D (dLLM's, made from
+    autoregressive models) a Qwen3, Qwen2 or Llama, all without the causal mask: in transformers' own classes.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
@@ -928,13 +931,13 @@ LLADA_CONFIG = {  # Llama's name: LLaDA's
     "max_position_embeddings": "max_sequence_length", "tie_word_embeddings": "weight_tying",
     "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
 }  # fmt: skip
-LLADA_LAYER = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out", "post_attention_layernorm": "ff_norm",
-    "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out",
+LLADA_BLOCK = {  # LLaDA's name of a weight of a block: Llama's
+    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
 }  # fmt: skip
-LLADA_WEIGHTS = {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for ours, theirs in LLADA_LAYER.items()}
-LLADA_WEIGHTS |= {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+LLADA_WEIGHTS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+LLADA_WEIGHTS |= {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for theirs, ours in LLADA_BLOCK.items()}
 LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_WEIGHTS.items()}
 PEFT = "base_model.model."  # what peft puts before the name of each weight of an adapter
 
