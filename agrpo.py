@@ -100,16 +100,19 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
     Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError where padding is not on
-    the left, dropout is on, or the kind of model would be silently wrong (RoBERTa's positions, a causal mask).
+    the left, dropout is on, or the kind of model would be silently wrong (RoBERTa's positions, a causal mask, logits
+    that are scaled after the head). config.is_causal = False needs transformers 5.2 or newer.
     """
-    if hasattr(model, "cls"):
+    config, head = model.config, getattr(model, "lm_head", None)
+    scaled = any(getattr(config, name, 0) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    like_llama = isinstance(head, torch.nn.Linear) and not getattr(config, "is_causal", True) and not scaled
+    if hasattr(model, "cls") and not getattr(config, "is_decoder", False):
         head = model.cls  # like BERT's
-    elif isinstance(getattr(model, "lm_head", None), torch.nn.Linear) and not getattr(model.config, "is_causal", True):
-        head = model.lm_head  # like Llama's
-    else:
+    elif not like_llama:
         raise ValueError(f"{type(model).__name__} is neither like BERT, nor like a Llama with config.is_causal = False")
-    if model.training and any("drop" in name and p for name, p in vars(model.config).items()):
-        raise ValueError("dropout is on, so that no two passes agree: call model.eval()")
+    dropout = lambda m: m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)
+    if any(m.training and dropout(m) for m in model.modules()):
+        raise ValueError("dropout is on, so that no two passes agree: call model.eval(), or build the model without")
     if attention_mask is not None:
         input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
     # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
@@ -120,7 +123,7 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
             raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
         options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
     hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
-    positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
+    positions = positions - getattr(config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
     return head(hidden[row[:, None], positions])
 
 
@@ -180,7 +183,8 @@ def sample(
 ) -> Rollout:  # fmt: skip
     """Generate one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt (B, P) int64, padded on the left; prompt_mask (B, P) bool, False on padding; generator on the model's device.
+    prompt (B, P) int64, padded on the left, each repeated G times in a row for a group (repeat_interleave); prompt_mask
+    (B, P) bool, False on padding; generator on the model's device.
     Inside a block each step unmasks `tokens_per_step` of the positions that are still masked:
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi + const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others (of low
@@ -196,7 +200,7 @@ def sample(
         temperature, top_k = 1.0, 1  # greedy is a choice from one
     B, C, device, prompt_mask = len(prompt), completion_length, prompt.device, prompt_mask.bool()
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=device).view(-1)
-    P = int(prompt_mask.sum(1).max())  # the longest prompt; all left of it is padding
+    P = prompt.shape[1] - int(prompt_mask.any(0).int().argmax())  # the longest prompt; all left of it is padding
     ids = torch.cat([prompt[:, prompt.shape[1] - P :], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
     attention_mask = torch.cat([prompt_mask[:, prompt.shape[1] - P :], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
     step, num_steps, kept = prompt.new_full((B, C), -1), prompt.new_zeros(B), None
@@ -265,10 +269,10 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8.
     What an inclusion would have beyond 1 goes to the row's other steps. So a row of at most k steps gets each of them
     once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
-    Raises ValueError where k < 1 or a proposal is negative, not finite, or 0 at a step that its row has taken.
+    Raises ValueError where k is not a whole number or a proposal is negative, not finite, or 0 at a step that its row has taken.
     """
-    if k < 1:
-        raise ValueError(f"k, the number of timesteps drawn per completion, must be at least 1, not {k}")
+    if k < 1 or k % 1:
+        raise ValueError(f"the number of timesteps drawn must be whole and at least 1, not {k}")
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
     B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
     taken = torch.arange(T) < num_steps  # (B, T)
@@ -334,8 +338,9 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
     rows (N,) and steps (N,) int64, N >= 1 pairs. Returns logp (N, C), nats, 0 elsewhere, differentiable; and unmasked
     (N, C) bool: U_t. The temperature must be the sampler's, or the ratio means nothing; truncation is in Rollout.kept.
     """
-    P = int(rollout.prompt_mask[rows].sum(1).max())  # the longest prompt of these rows; all left of it is padding
-    prompt, prompt_mask = (x[rows, x.shape[1] - P :] for x in (rollout.prompt, rollout.prompt_mask))
+    padding = int(rollout.prompt_mask[rows].any(0).int().argmax())  # the columns that no prompt of these rows needs
+    prompt, prompt_mask = (x[rows, padding:] for x in (rollout.prompt, rollout.prompt_mask))
+    P = prompt.shape[1]
     step, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
     unmasked = step == t  # (N, C)
     state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
@@ -408,15 +413,19 @@ def policy_gradient(
 
     advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1, with the
     gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0.
-    proposal and generator as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row, step) pairs are
-    in memory at once. Returns loss, an estimate of -J, and clip_ratio and kl, plain means over the tokens evaluated.
-    Raises ValueError for another length_norm, and for beta > 0 without ref_model.
+    proposal and generator (on the CPU) as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row,
+    step) pairs are in memory at once. Returns loss, an estimate of -J (near 0 on policy, whatever is learned), and
+    clip_ratio and kl, plain means over the tokens evaluated. Train weights in float32: Adam's small steps vanish in
+    bfloat16. Raises ValueError for another length_norm, beta > 0 without ref_model, advantages that are not B numbers.
     """
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model is None:
         raise ValueError("beta > 0 needs ref_model, the reference of the KL")
     B, T = rollout.entropy.shape
+    advantage = torch.as_tensor(advantage).to(rollout.logp)
+    if advantage.shape != (B,) or not advantage.isfinite().all():
+        raise ValueError(f"advantage must be {B} finite numbers, one for each row")
     length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
     magnitude = (advantage.abs() + beta) / length
     if not magnitude.any():  # no advantage: no gradient, so no pass

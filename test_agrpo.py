@@ -259,22 +259,29 @@ def test_what_would_be_wrong_is_refused():
     model, two, prompt = mask_predictor(), torch.tensor([2]), torch.tensor([[*PROMPT, MASK]])
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, is_causal=False))
-    causal = mask_predictor(dream=True)
+    causal, scaled, decoder, dropout = (mask_predictor(dream=dream) for dream in (True, True, False, False))
     del causal.config.is_causal
-    gradient = partial(agrpo.policy_gradient, *[None] * 3, k=1, mask_id=MASK, temperature=1.0, on_policy=True)
+    scaled.config.final_logit_softcapping = 30.0
+    decoder.config.is_decoder = True
+    dropout.config.hidden_dropout_prob = dropout.config.attention_probs_dropout_prob = 0.0  # too late
+    wide, rollout = torch.nn.functional.pad(prompt, (0, 9), value=MASK), write(model, prompt, **PLAIN)
+    one = {"k": 1, "mask_id": MASK, "temperature": 1.0, "on_policy": True}
+    gradient = partial(agrpo.policy_gradient, model, rollout, [1.0], **one)
     proposals = [torch.tensor([[1.0, *p]]) for p in ([-1], [0], [math.nan], [math.inf], [])]  # for a row of two steps
     for said, wrong in [
         ("does not divide", partial(agrpo.tokens_per_step, 10, 4, 4)),
         *(("must be a multiple", partial(agrpo.tokens_per_step, *wrong)) for wrong in [(12, 4, 4), (4, 2, 6)]),
         *(("positive", partial(draw_timesteps, two, 1, proposal)) for proposal in proposals),
-        ("at least 1", partial(draw_timesteps, two, 0)),
+        *(("whole and at least 1", partial(draw_timesteps, two, k)) for k in (0, 1.5)),
         ("groups of 4", partial(group_advantages, torch.ones(6), 4)),
-        ("padded on the left", partial(write, model, prompt, prompt_mask=prompt != MASK, **PLAIN)),
+        *(("padded on the left", partial(write, model, x, prompt_mask=x != MASK, **PLAIN)) for x in (prompt, wide)),
         *(("is neither like", partial(agrpo.logits_at, m, prompt, None, prompt)) for m in (roberta, causal)),
-        ("dropout is on", partial(write, mask_predictor().train(), prompt, **PLAIN)),
+        *(("is neither like", partial(agrpo.logits_at, m, prompt, None, prompt)) for m in (scaled, decoder)),
+        ("dropout is on", partial(write, dropout.train(), prompt, **PLAIN)),
         ("unmasking is", partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"})),
         ("length_norm is", partial(gradient, length_norm="seqence")),
         ("needs ref_model", partial(gradient, beta=0.1)),
+        *(("1 finite numbers", partial(agrpo.policy_gradient, model, rollout, A, **one)) for A in ([math.nan], [1, 2])),
         ("method is one of", partial(agrpo.Settings, method="grpo")),
         ("validation", partial(TASKS["sudoku"].examples, "validation", agrpo.Settings())),
     ]:
