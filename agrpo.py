@@ -21,28 +21,30 @@ weighted by 1 / its probability of being drawn.
     q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
-    T, T_i     steps (the paper's m); num_steps: those that row i took            k  steps drawn per row, on average
+    T, T_i     steps (the paper's m); num_steps: those that row i took            k  steps drawn per row with A_i != 0
     L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
-    KL_j       an estimate, k3 times rho, of the KL from p_theta to the model before training, at position j
+    p_theta    the policy: the model's softmax at tau, after top-k and top-p; p_ref is that of the model before training
+    KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta: an estimate of KL(p_theta || p_ref)
 
 A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
-Averaged over orders, it is the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order depends on
-theta: then the sum is an approximation. Unbiased for what? (Before the norm of the gradient is clipped, and Adam.)
+For a given o, the mean of this sum over orders is the ELBO of log p(o | q), a lower bound. With low-confidence
+unmasking the order depends on theta: then the sum is an approximation. Unbiased for what? (The gradient before its norm
+is clipped and before Adam.)
 
     over the draw of steps    for the gradient of J, always
     over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T (the default,
                               T_i, is the same where no row ends early), beta is 0, advantages are not scaled, and it is
-                              the first optimizer step on these rollouts; top-k's and top-p's sets count as constants
+                              the first optimizer step on these rollouts (which ids top-k and top-p keep is held fixed)
 Whose is what?
 
-    the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T
-    the official code's   top-k and top-p in the ratio; its optimizer, and its settings: RELEASE, in section 8
-    this file's own       steps drawn from all rows of a batch as if they were one, without replacement, more where
+    the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
+    the official code's   top-k and top-p in the ratio; its optimizer and settings: RELEASE, in section 8
+    this file's own       steps drawn from all rows of a process as if they were one, without replacement, more where
                           |A_i| and surprise (1 - p of the tokens) are large (the official code: by entropy, with
                           replacement, spread over the batch); rho of the first optimizer step exactly 1; every sampled
                           token counts (the official code drops those behind the last non-EOS token, and so terms of
@@ -90,7 +92,7 @@ class Rollout:
     completion: Tensor  # (B, C) int64, EOS from where the row had ended
     step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had already ended
     logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
-    entropy: Tensor  # (B, T) float32, nats, summed over the positions that each step unmasked
+    entropy: Tensor  # (B, T) float32, nats, summed over U_t: a metric, and its width says what T is
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
     kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, padded with -1; 0 where step is -1
 
@@ -183,14 +185,14 @@ def sample(
 ) -> Rollout:  # fmt: skip
     """Generate one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt (B, P) int64, padded on the left, each repeated G times in a row for a group (repeat_interleave); prompt_mask
-    (B, P) bool, False on padding; generator on the model's device.
+    prompt (B, P) int64, padded on the left, each G times, side by side, for its group (repeat_interleave);
+    prompt_mask (B, P) bool, False on padding; generator on the model's device.
     Inside a block each step unmasks `tokens_per_step` of the positions that are still masked:
-      unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi + const.
+      unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi - const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others (of low
                                   confidence) are masked again.
     temperature 0 is greedy. A row has ended when its whole block is EOS: it leaves the batch and takes no further steps
-    (with eos_id None, never). Of several EOS tokens a block may have any; the last of them fills up what has ended.
+    (with eos_id None, never). eos_id may be a list: a block of any of them ends the row, the last fills the rest.
     mask_id is never sampled. Raises ValueError for settings that do not fit together.
     """
     if unmasking not in ("random", "low_confidence"):
@@ -259,8 +261,8 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     generator on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
 
     inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
-    weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8, which end to
-    end fill [0, k):
+    weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8. Laid end to
+    end, they fill [0, k):
 
         0   .2       .6           1.2            2
         | 0 |   1    |     2      |       3      |
@@ -297,11 +299,11 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
 
 def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw k R (row, step) pairs, k for each of R rows on average, from the steps of all these rows as if of one row.
+    """Draw k R (row, step) pairs, R being the rows of magnitude above 0, from all their steps laid end to end as one row.
 
-    A pair is drawn in proportion to its row's magnitude (B,), nonnegative, times proposal (B, T), which is as in
-    `draw_timesteps`. The R rows are those of magnitude above 0. `policy_gradient` gives (|A_i| + beta) / L_i: a group
-    with one right completion in G has one large advantage and G - 1 small ones, for which few passes will do.
+    A pair is drawn in proportion to its row's magnitude (B,), nonnegative, not all 0, times proposal (B, T), which is
+    as in `draw_timesteps`. `policy_gradient` gives (|A_i| + beta) / L_i: a group with one right completion in G has one
+    large advantage and G - 1 small ones, for which few passes will do.
     Returns rows, steps int64 and weights float64, (N,) each with N <= k R, on the CPU: sum_n weights[n] f(rows[n],
     steps[n]) is unbiased for the sum of f over all pairs of these rows.
     """
@@ -309,7 +311,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
     active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
     rows = active[which]
-    # Each row begins at a random one of its steps; else rows alike would be hit at the same ones: unbiased, but noisier.
+    # Rotate each row's steps at random; else evenly spaced points hit equal rows at the same steps: unbiased, but noisy.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
@@ -409,7 +411,7 @@ def policy_gradient(
     proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
     beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Add to .grad the gradient of -J (see the top of this file), estimated from k steps a row by `draw_pairs`.
+    """Add to .grad the gradient of -J (see the top of this file), estimated from the pairs of `draw_pairs`.
 
     advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1, with the
     gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0.
@@ -440,7 +442,7 @@ def policy_gradient(
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
         objective, kl = clipped_objective(logp, old_logp, A, eps_low, eps_high), torch.zeros_like(logp)
-        if beta > 0:  # k3, an estimate of KL(policy || reference), times rho, as the old policy drew: arXiv 2512.02556
+        if beta > 0:  # rho times k3: the old policy drew the tokens (DeepSeek-V3.2, arXiv 2512.02556)
             with torch.no_grad():
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             d = ref_logp - logp
@@ -526,7 +528,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            bar.write("Nothing to learn from: equal rewards in each group. A box is easier: --answer_format boxed")
+            bar.write("Nothing to learn from: equal rewards in each group. Tags may be too hard: --answer_format boxed")
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
@@ -1107,7 +1109,7 @@ class Settings:
     k: int = option(1, "steps drawn per completion, on average")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation")
-    updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts")
+    updates_per_rollout: int = option(1, "optimizer steps in an update, on the same rollouts")
     eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
     beta: float = option(0.0, "weight of the KL to the model before training")
