@@ -271,7 +271,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8.
     What an inclusion would have beyond 1 goes to the row's other steps. So a row of at most k steps gets each of them
     once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
-    Raises ValueError where k is not a whole number or a proposal is negative, not finite, or 0 at a step that its row has taken.
+    Raises ValueError where k is no whole number or a proposal is negative, not finite, or 0 at a step of its row.
     """
     if k < 1 or k % 1:
         raise ValueError(f"the number of timesteps drawn must be whole and at least 1, not {k}")
@@ -299,7 +299,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
 
 def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw k R (row, step) pairs, R being the rows of magnitude above 0, from all their steps laid end to end as one row.
+    """Draw k R (row, step) pairs, R the rows of magnitude above 0, from all their steps laid end to end as one row.
 
     A pair is drawn in proportion to its row's magnitude (B,), nonnegative, not all 0, times proposal (B, T), which is
     as in `draw_timesteps`. `policy_gradient` gives (|A_i| + beta) / L_i: a group with one right completion in G has one
@@ -311,7 +311,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
     active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
     rows = active[which]
-    # Rotate each row's steps at random; else evenly spaced points hit equal rows at the same steps: unbiased, but noisy.
+    # Rotate each row's steps at random; else even points hit equal rows at the same steps: unbiased, but noisy.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
@@ -549,7 +549,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. The texts
+    Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. Texts
     end before the first end token; what was sampled after it is trained on, not rewarded. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, size = end_tokens(tokenizer), args.rollout_batch
@@ -580,7 +580,7 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 def one_step_view(
     model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy=False, micro_batch=64, generator=None
 ) -> Rollout:
-    """The rollout as if one step had unmasked it all, with 15% of the prompt masked: `policy_gradient` on it, with length
+    """A rollout as if one step had unmasked it all, with 15% of the prompt masked: `policy_gradient` of it, with length
     norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
     token was sampled in such a state. Not truncated. Its logp is the model's as it is now; on policy none is needed."""
     hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
@@ -686,7 +686,7 @@ class Task:
         return tokenizer.apply_chat_template(chat, tokenize=False, **options)
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
-        """(reward, whether the answer is right): 3 if it is, partial credit, 0.5 for each pair of tags, as the release."""
+        """(reward, whether the answer is right): 3 if it is, partial credit, 0.5 a pair of tags (as official)."""
         answer, tags = answer_in(completion), [inside_tags(completion, tag) for tag in ("reasoning", "answer")]
         right = self.is_right(example, answer)
         return 3 * right + self.credit(example, answer) + 0.5 * sum(text is not None for text in tags), right
@@ -1109,7 +1109,7 @@ class Settings:
     k: int = option(1, "steps drawn per completion, on average")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation")
-    updates_per_rollout: int = option(1, "optimizer steps in an update, on the same rollouts")
+    updates_per_rollout: int = option(2, "optimizer steps in an update, on the same rollouts")
     eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
     beta: float = option(0.0, "weight of the KL to the model before training")
@@ -1146,8 +1146,9 @@ class Settings:
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8, "rollout_batch": 8,
-    "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1, "save_every": 10,
+    "updates_per_rollout": 1, "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8,
+    "rollout_batch": 8, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1,
+    "save_every": 10,
 }  # fmt: skip
 SMALL = RELEASE | {  # for a Qwen3-0.6B that was made a masked diffusion model
     "model": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "answer_format": "boxed", "max_steps": 100, "k": 16,

@@ -91,7 +91,7 @@ def complete(loaded: tuple, examples: list, args: Options, steps: int, seed: int
 
 
 def as_released(task: str, example: dict, text: str, correct: bool) -> float:
-    """What the official release counts, 0 to 1. It takes the first <answer>, or everything; of GSM8K the first digits, in
+    """What the official release counts, 0 to 1. It takes the first <answer>, or all; of GSM8K the first digits, in
     the first box if there is one; Countdown's last line with "="; the share of Sudoku's blanks that are as given."""
     text = (re.findall("<answer>(.*?)</answer>", text, re.DOTALL) or [text])[0]
     if task == "gsm8k":

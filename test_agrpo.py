@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from fractions import Fraction
@@ -325,7 +324,7 @@ def every_draw(proposal: Tensor, num_steps: Tensor, k: int, at: float = 0.5) -> 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7])
 def test_timestep_weights_are_unbiased(k):
-    """Each step's weight is 1 on average, exactly. Each row has one point in each unit of its k; rows and seeds differ."""
+    """Each step's weight is 1 on average, exactly. A row has a point in each unit of its k; rows and seeds differ."""
     num_steps = torch.tensor([5, 3, 1])
     taken = (torch.arange(5) < num_steps[:, None]).double()  # what a proposal says of others does not matter
     scores = torch.tensor([[3.0, 0.02, 1.0, 0.5, 2.2], [0.7, 2.0, 0.01, 9.0, 9.0], [0.4, 9.0, 9.0, 9.0, 9.0]])
@@ -580,7 +579,7 @@ def refrains(C: int = 16, words: int = 4):
 
 @lru_cache
 def variance_table(rows: int = 32, C: int = 16, rollouts: int = 4, draws: int = 150) -> dict[tuple, float]:
-    """E |estimate - full gradient|^2 / |full gradient|^2 over timestep draws, rollouts given: by (proposal, points, k)."""
+    """E |estimate - full gradient|^2 / |full gradient|^2 over timestep draws, for (proposal, points, k)."""
     model, rng, policy = refrains(), seeded(0), {"mask_id": 4, "temperature": 1.0}
     sampling = PLAIN | {"completion_length": C, "block_length": C, "steps": C, "eos_id": None} | policy
     variance, size = Counter(), 0.0
@@ -680,10 +679,11 @@ def print_tables():
 # ===== 5. The command line, end to end ================================================================================
 
 SHORT = "--pretrain_steps 2 --max_steps 4 --prompts_per_update 2 --group_size 4 --rollout_batch 8 --eval_steps 4 "
-SHORT += "--eval_examples 8 --save_every 2 --show_every 2 --device cpu --output_dir"
+SHORT += "--updates_per_rollout 1 --eval_examples 8 --save_every 2 --show_every 2 --device cpu --output_dir"
 TASKS, TINY = dict(agrpo.TASKS), agrpo.load_model
-# Two steps of pretraining earn no reward, so there would be no gradient: pay for every odd character instead.
-GENEROUS = replace(TASKS["sudoku"], credit=lambda _, answer: sum(ord(c) % 2 for c in answer) / 16)
+# Two steps of pretraining earn nothing. So odd characters pay, if the puzzle begins with a blank.
+pay = lambda example, answer: (example["puzzle"] < "1") * sum(ord(c) % 2 for c in answer) / 16
+GENEROUS = replace(TASKS["sudoku"], credit=pay)
 PATHS = os.pathsep.join(str(Path(file).resolve().parent) for file in (agrpo.__file__, __file__))
 ENVIRONMENT = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 
@@ -693,14 +693,14 @@ def words(*parts) -> list[str]:
 
 
 def run(*parts, main=agrpo.main) -> str:
-    """What a script prints."""
+    """What it prints."""
     with redirect_stdout(io.StringIO()) as printed:
         main(words(*parts))
     return printed.getvalue()
 
 
 def refusal(*parts, main=agrpo.main) -> str:
-    """The one sentence in which a script ends."""
+    """The sentence in which a script ends."""
     with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as printed:
         main(words(*parts))
     said = stop.value.code if isinstance(stop.value.code, str) else printed.getvalue().splitlines()[-1]  # argparse's
@@ -730,34 +730,28 @@ def short_run(tmp_path_factory):
 
 
 def test_a_run_pretrains_measures_trains_and_saves(short_run):
-    """It leaves all its files, prints a table and Sudokus, and is never overwritten; another seed is another run."""
-    lines, results = figures(short_run), json.loads((short_run / "results.json").read_text())
+    """It prints a table and Sudokus. Nothing is overwritten; another seed is another run."""
+    lines = figures(short_run)
     names = "update loss reward reward_std frac_reward_zero_std accuracy completion_length entropy kl "
     assert all({*words(names, "learning_rate")} <= line.keys() for line in lines) and len(lines) == 4
     assert all(0 < line["reward"] < 1 and line["grad_norm"] > 0 and line["clip_ratio"] == 0 for line in lines)
     rates = [7e-4 * (u + 1) / 20 * (1 + math.cos(math.pi * u / 4)) / 2 for u in range(4)]  # warm-up, cosine
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
-    for stage, sampler in itertools.product(("base", "AGRPO"), ("as trained", "greedy")):
-        assert results[stage][sampler].keys() == {"4"} and 0 <= results[stage][sampler]["4"] <= 1
-    assert [path.name for path in agrpo.checkpoints(short_run)] == ["checkpoint-2", "checkpoint-4"]
-    printed, pretrained = (short_run.parent / "printed.txt").read_text(), short_run / "base"
+    printed = (short_run.parent / "printed.txt").read_text()
     assert re.search(r"greedy.* 4\n +base +0\.\d+\n +AGRPO +0\.\d+\n\n  Greedy, AGRPO in 4 steps: 0\.\d+", printed)
     assert re.search(r"\n +[1-4.]( [1-4.]){3}   . . . .\n", printed)  # a puzzle, and what was made of it
     assert re.findall(r"^update (\d) of 4: reward \d", printed, re.MULTILINE) == [*"1234"]  # there is no terminal
-    trained, base = (agrpo.load_model(str(folder))[0].parameters() for folder in (short_run, pretrained))
-    assert any(not torch.equal(a, b) for a, b in zip(trained, base, strict=True))
+    torch.manual_seed(0)
+    models = "tiny", str(short_run / "base"), str(short_run)
+    before, base, trained = (flat(agrpo.load_model(name)[0].parameters()) for name in models)
+    assert not torch.equal(before, base) and not torch.equal(base, trained)
     assert f"--resume {short_run}" in refusal(SHORT, short_run) and lines == figures(short_run)
     run(SHORT, short_run.parent / "seed1", "--seed 1 --max_steps 1")
     assert figures(short_run.parent / "seed1")[0] != lines[0]
 
 
-def generous_main(*parts) -> None:
-    agrpo.TASKS["sudoku"] = GENEROUS
-    run(*parts)
-
-
 def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
-    """The next free name is taken; what another process holds, or holds a run, is refused; other files don't matter."""
+    """The next free name is taken; a folder with a run, or one that is just beginning, is refused."""
     monkeypatch.chdir(tmp_path)
     for name in ("", "-2", "-3"):
         args = agrpo.parse_settings([])
@@ -765,69 +759,47 @@ def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
         Path(args.output_dir).mkdir(parents=True)
     Path("mine").mkdir()
     Path("mine/sweep.yaml").write_text("seed: 0")
-    load = lambda *_: Path("mine/settings.json").write_text("{}") and TINY(*_)  # another run takes it meanwhile
+    load = lambda *_: Path("mine/settings.json").write_text("{}") and TINY(*_)  # another process
     monkeypatch.setattr(agrpo, "load_model", load)
     assert "File exists: 'mine/settings.json'" in refusal("--output_dir mine")
     assert "--resume mine" in refusal("--output_dir mine") and Path("mine/settings.json").read_text() == "{}"
 
 
-def test_each_epoch_has_every_example_once_and_gradients_are_clipped(short_run, monkeypatch):
-    """In another order each time; the norm of each gradient is at most 1."""
-    created, chosen, generate = TASKS["sudoku"].create, [], agrpo.generate
-    few = lambda split, seed: created(split, seed)[: 6 if split == "train" else None]
-
-    def spy(*args, **changes):
-        chosen.extend(example["puzzle"] for example in args[4][::4] if "rollout" in args[6])  # groups of 4
-        return generate(*args, **changes)
-
-    monkeypatch.setattr(agrpo, "generate", spy)
-    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few))
-    with mock.patch.object(torch.nn.utils, "clip_grad_norm_", wraps=torch.nn.utils.clip_grad_norm_) as clip:
-        run(SHORT, short_run.parent / "epochs", "--max_steps 6 --model", short_run / "base")
-    epochs = [chosen[:6], chosen[6:]]
-    assert len(chosen) == 12 and len({*chosen}) == 6 and {*epochs[0]} == {*epochs[1]} and epochs[0] != epochs[1]
-    assert [call.args[1] for call in clip.call_args_list] == [1.0] * 6
-
-
-def test_a_reward_that_is_not_finite_is_named(short_run, monkeypatch):
-    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=lambda *_: math.nan))
-    assert "the reward of sudoku is nan for {'puzzle'" in refusal(SHORT, short_run.parent / "nan")
-
-
-def test_special_tokens_other_than_eos_and_padding_are_text(monkeypatch):
-    """<answer> may be a token of its own: what the reward is computed on still has it. EOS or padding ends it."""
+def test_only_eos_and_padding_end_a_text():
+    """Other special tokens, as <answer> may be one, are text. Each batch has noise of its own."""
+    torch.manual_seed(0)
     model, tokenizer, mask_id = agrpo.load_model("tiny")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
+    settings, rows = agrpo.Settings(rollout_batch=1), [{"puzzle": PUZZLE}] * 8
     for end in tokenizer.eos_token_id, tokenizer.pad_token_id:
-        ids = tokenizer("<answer>42")["input_ids"] + [end, 5]
-        monkeypatch.setattr(agrpo, "sample", lambda *_, ids=ids, **options: Rollout(*[torch.tensor([ids])] * 7))
-        _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, [{"puzzle": PUZZLE}], agrpo.Settings(), (0,))
-        assert texts == ["<answer>42"]
-    monkeypatch.undo()
-    one, settings = [{"puzzle": PUZZLE}], agrpo.Settings(rollout_batch=1)
-    _, texts, _ = agrpo.generate(model, tokenizer, mask_id, GENEROUS, one * 3, settings, (0,))
-    assert len({*texts}) == 3  # each batch has noise of its own
+        model.cls.predictions.bias.data.zero_()[[tokenizer.unk_token_id, end]] = 50  # nothing else is written
+        _, texts, rollout = agrpo.generate(model, tokenizer, mask_id, GENEROUS, rows, settings, (0,))
+        lengths = (rollout.completion == end).int().argmax(1).tolist()
+        assert texts == ["[UNK]" * n for n in lengths] and len({*lengths}) > 1
+
+
+def generous_main(*parts) -> None:
+    agrpo.TASKS["sudoku"] = GENEROUS
+    run(*parts)
 
 
 def test_kill_9_at_any_moment_loses_nothing(tmp_path):
-    """While it starts, pretrains, trains, writes; resumed, it ends bit for bit as the run that nobody killed."""
+    """While it starts, trains or writes; resumed, it ends bit for bit as the run that nobody killed."""
     context = multiprocessing.get_context("forkserver")  # its processes need not import everything again
     context.set_forkserver_preload([__name__])
 
     def finishes(folder: Path, updates: float, seconds: float) -> bool:
-        """Whether a run ends before it has made so many updates and then had so much time; if not, it is killed."""
-        made = lambda log=folder / "metrics.jsonl": len(rows_of(log)) if log.exists() else 0
+        """Whether a run ends before so many updates and, after them, seconds. If not, it is killed."""
+        made = lambda: len(figures(folder)) if (folder / "metrics.jsonl").exists() else 0
         parts = ("--resume", folder) if folder.exists() else (SHORT, folder, "--max_steps 8 --save_every 3")
         process, enough = context.Process(target=generous_main, args=parts), made() + updates
         process.start()
         while process.is_alive() and made() < enough:
             time.sleep(0.005)
         process.join(seconds)
-        code = process.exitcode
         process.kill()
         process.join()
-        assert code in (0, None)
-        return code == 0
+        assert process.exitcode in (0, -9)
+        return process.exitcode == 0
 
     rng, kills, whole, *others = random.Random(0), 0, *(tmp_path / str(i) / "run" for i in range(40))
     assert finishes(whole, math.inf, 0)
@@ -838,71 +810,72 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
 
 
 def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
-    """Out of memory, Ctrl-C, no finite numbers: one sentence. What it says works, and what changes is printed."""
-    folder, step_logps, errors = short_run.parent / "stopped", agrpo.step_logps, [None] * 3
-    errors += [torch.OutOfMemoryError("Tried to allocate 2 GiB"), KeyboardInterrupt()]
-
-    def stopping(*args, **options):
-        if errors and (error := errors.pop(0)):
-            raise error
-        return step_logps(*args, **options)
-
-    monkeypatch.setattr(agrpo, "step_logps", stopping)
+    """Out of memory, Ctrl-C, no finite numbers: one sentence, which works. What changes is printed."""
+    folder = short_run.parent / "stopped"
+    errors = torch.OutOfMemoryError("Tried to allocate 2 GiB"), KeyboardInterrupt()
+    turns = itertools.chain([mock.DEFAULT] * 3, errors, itertools.repeat(mock.DEFAULT))
+    monkeypatch.setattr(agrpo, "step_logps", mock.Mock(wraps=agrpo.step_logps, side_effect=turns))
     how = f"; to go on: --resume {folder}"
     said = refusal(SHORT, folder)  # in its fourth update
-    assert "out of memory" in said and how in said and "--micro_batch" in said
+    assert "out of memory: lower --micro_batch" in said and how in said
     assert how in refusal("--resume", folder)
     printed = run("--resume", folder, "--micro_batch 2")
     assert "--micro_batch was 256, is 2 from here on\n" in printed and printed.count(" was ") == 1
-    for ours, theirs in zip(figures(folder), figures(short_run), strict=True):
-        assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), 1e-3, 1e-5)
     said = refusal("--resume", folder, "--max_steps 8 --save_every 4 --learning_rate 1e30")
-    assert "update 6 is not finite" in said and how in said and "--learning_rate" in said
-    printed = run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
-    assert "--learning_rate was 1e+30, is 0.0001 from here on" in printed and "--max_steps was 8, is 6" in printed
+    assert "update 6 is not finite; lower --learning_rate" in said and how in said
+    run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
     assert [line["update"] for line in figures(folder)] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in agrpo.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]  # the newest two
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=lambda *_: math.nan))
+    assert "the reward of sudoku is nan for {'puzzle'" in refusal("--resume", folder, "--max_steps 8")
 
 
-@pytest.mark.parametrize("how", ["--method diffu_grpo", "--beta 0.1", "--report_to tensorboard --eval_every 1"])
-def test_other_methods_and_options_run_to_the_end(how, short_run):
-    """diffu-GRPO, a KL, tensorboard; several updates of a rollout, low confidence, top-k and top-p, the other norm."""
-    if "tensorboard" in how:
-        pytest.importorskip("tensorboard")
+@pytest.mark.parametrize("how", ["--method diffu_grpo --scale_by_std true", "--beta 0.1 --report_to tensorboard"])
+def test_other_methods_and_options_run_to_the_end(how, short_run, monkeypatch):
+    """diffu-GRPO, a KL, tensorboard; several steps on a rollout, low confidence, truncation, the other norm. Each epoch
+    has each example once, in another order; gradients are clipped."""
+    "tensorboard" in how and pytest.importorskip("tensorboard")
+    few = lambda split, seed: TASKS["sudoku"].create(split, seed)[: 3 if split == "train" else 8]
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few, picture=lambda e, _: f"<{e['puzzle']}>"))
     folder = short_run.parent / re.sub(r"\W+", "", how)
-    more = "--max_steps 2 --updates_per_rollout 2 --learning_rate 1e-2 --warmup_steps 0 --k 2 --steps 4 "
-    if "beta" not in how:
-        more += "--unmasking low_confidence --top_k 20 --top_p 0.9 --scale_by_std true "
-    printed, lines = run(SHORT, folder, more, "--length_norm constant", how), figures(folder)
-    assert len(lines) == 2 and all(abs(value) < 1e6 for line in lines for value in line.values())
+    how += f" --model {short_run}/base --max_steps 6 --prompts_per_update 1 --rollout_batch 4 --show_every 1 --k 2 "
+    how += "--updates_per_rollout 2 --unmasking low_confidence --top_k 20 --top_p 0.9 --length_norm constant "
+    with mock.patch.object(torch.nn.utils, "clip_grad_norm_", wraps=torch.nn.utils.clip_grad_norm_) as clip:
+        printed = run(SHORT, folder, how, "--learning_rate 1e-2 --warmup_steps 0")
+    lines, puzzles = figures(folder), re.findall("<([0-4]{16})>", printed)
+    assert len(lines) == 6
     assert any(line["clip_ratio"] > 0 for line in lines)  # the second update of a rollout is off policy
     assert ("diffu-GRPO" in printed) == ("diffu" in how) and (lines[1]["kl"] > 0) == ("beta" in how)
-    assert ("eval_accuracy" in lines[0]) == any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
+    assert any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
+    assert sorted(puzzles[:3]) == sorted(puzzles[3:]) and len({*puzzles}) == 3 and puzzles[:3] != puzzles[3:]
+    assert [call.args[1] for call in clip.call_args_list] == [1.0] * 12
 
 
 REFUSED = {
     "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
     "--group_size 1": "--group_size is at least 2", "--rollout_batch 0": "must be above 0",
-    "--k 0": "--k must be above 0",
+    "--k 0": "--k must be above 0", "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
     "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
-    "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
     "--model .": "no config.json", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
     "--device abacus": "abacus", "--report_to wandb": "pip install wandb",
+    "--task gsm8k": "(no route); give --data FOLDER, or run plain `python agrpo.py`",
+    "--task countdown": "(no route); give --model FOLDER", "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
     "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no such file",
     "eval B --steps 17": "17 steps", "eval B --steps few": "invalid int", "eval B --base nowhere": "no such file",
     "eval B --seeds 0 1": "--temperature above 0", "eval B --samples 4": "--temperature above 0",
     "eval B --task countdown": "128 positions", "eval B --device abacus": "abacus", "eval B --no_such 1": "no_such",
-    "eval B --data nowhere": "no such file", "eval B --save old": "File exists", "eval B --save no/such": "No such file",
+    "eval B --data nowhere": "no such file", "eval B --save old": "File exists", "eval B --save a/b": "No such file",
     "eval B --rollout_batch 0": "must be above 0", "eval B --temperature -1": "must be above 0",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_mistakes_are_one_sentence_before_anything_starts(wrong, short_run, tmp_path, monkeypatch):
-    """It names the setting; nothing is pretrained or written, and nothing that is there is touched."""
+    """It names the setting, or what works without a hub; nothing is written or touched."""
+    monkeypatch.setattr(agrpo.hub, "snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(agrpo.importlib.util, "find_spec", lambda _: None)  # as if wandb were not installed
     monkeypatch.setattr(agrpo, "pretrain", None)
@@ -914,122 +887,139 @@ def test_mistakes_are_one_sentence_before_anything_starts(wrong, short_run, tmp_
 
 # ===== 6. Tasks and data ==============================================================================================
 
-PUZZLE, GRID, CHANGED = "0310200404001043", "4312213434211243", "1234341221434321"  # CHANGED: another puzzle's grid
+PUZZLE, GRID, CHANGED = "0310200404001043", "4312213434211243", "1234341221434321"  # CHANGED: another's
+SUM, FILLED = {"numbers": "30,100,93", "target": "23"}, {"puzzle": PUZZLE, "solution": GRID}
 SIMPLE = "1234 1,234 $1,234.00 1234. \\boxed{1234} **1234** \\$1234 1234% 1{,}234 $1234$ 1234.000"
 NO_SUM = "23 30+93-100+100-100 30+93-100+0 30+93-100=24 3093-100 30+93 30--93+100 30**93 30//93 1/0 "
 NO_SUM += "__import__('os') 30+93-1_00 30(93)100"
 ANSWERS = {  # task: example, right answers, wrong answers
-    "sudoku": ({"puzzle": PUZZLE}, [GRID, GRID[:4] + "\n" + GRID[4:]], [
+    "sudoku": (FILLED, [GRID, GRID[:4] + "\n" + GRID[4:]], [
         CHANGED, GRID + " " * 100 + "more", "4312", GRID * 2, "\ud800" * 16, "٤٣١٢٢١٣٤٣٤٢١١٢٤٣", ""]),
-    "countdown": ({"numbers": "30,100,93", "target": "23"}, [
+    "countdown": (SUM, [
         "30 + 93 - 100", "(93-100)\n+ 30 = 23", "93-(100-30)", "30+93\u2212100.", "So \\boxed{30+93-100}"], [
         *words(NO_SUM, "３０+93-100 -100+30+93 1e2-30-93"), "", "(" * 90, "30+93-100" * 99]),
     "gsm8k": ({"gold": "1,234"}, [
         *words(SIMPLE), "\\boxed{1,234} apples", "= 1234 km", "T-shirts: 1234", "Rs.1234", "1234 m^2", "1234 km²"], [
         "1234 1234", "1233 or 1234", "1 234", "\\boxed{1234} \\boxed{1}", "\\boxed{1234} \\boxed{5", "1234" * 99,
-        "١٢٣٤", "1234²", "1234½", "",
-        "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"),
+        "١٢٣٤", "1234²", "1234½", "", "x", *words("\\sqrt{1234} 1234! 1234\\pi 1234\u03c0 x*1234 1234*x 1234^n"),
         *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
     "math": ({"solution": "So it is $\\boxed{42}$."}, ["\\boxed{42}", "It is \\boxed{\\frac{84}{2}}"], [
         "42 \\boxed{}", "\\boxed{?} 42", "\\boxed{41}. The final answer is $42$.", "42", "\\boxed{9^{9^9}}"]),
 }  # fmt: skip
+DEBRIS = words("<answer> </answer> <reasoning> </reasoning> \\boxed{ #### 1 7 e999 ٧٢ \u2212 \u202e ½ Ⅶ \ud800")
+DEBRIS += [*"{}()+-*/= \n\0,.$", "9" * 5000, "((((" * 500, "<answer" * 500]
 
 
 def solved(puzzle: str, grid: str) -> bool:
-    """Whether a 4x4 grid keeps the clues and every row, column and box has 1 to 4: written apart from agrpo's."""
+    """Whether a grid keeps the clues and every row, column and box has 1 to 4; apart from agrpo's."""
     lines = [grid[i : i + 4] for i in (0, 4, 8, 12)] + [grid[i::4] for i in range(4)]
     lines += [grid[i : i + 2] + grid[i + 4 : i + 6] for i in (0, 2, 8, 10)]
     kept = len(grid) == 16 and all(clue in "0" + cell for clue, cell in zip(puzzle, grid))
     return kept and all("".join(sorted(line)) == "1234" for line in lines)
 
 
-@pytest.mark.parametrize("task", ANSWERS)
-def test_right_and_wrong_answers(task):
-    """However it is written, right is right; anything else, too long or dangerous, is wrong and not an error."""
+def really_right(task: str, answer: str) -> bool:
+    """Whether an answer that was judged right is: other code than the judge's."""
+    if task == "sudoku":
+        return solved(PUZZLE, re.sub(r"\s", "", answer))
+    box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", answer) if answer.count("\\boxed{") == 1 else None
+    text = (box[1] if box and box[1] else answer).strip().removesuffix(".")
+    if task == "countdown":
+        left, *right = text.translate(str.maketrans("×·÷\u2212", "**/-")).replace("**", "").split("=")
+        numbers, exact = re.findall("[0-9]+", left), re.sub("([0-9]+)", r"Fraction(\1)", " ".join(left.split()))
+        allowed = not re.search(r"[^0-9+*/()\s-]|//", left) and sorted(numbers) == ["100", "30", "93"]
+        ends = [part.strip() for part in right] in ([], ["23"])
+        return allowed and ends and eval(exact, {"Fraction": Fraction}) == 23
     if task == "math":
-        pytest.importorskip("math_verify")
-    (example, right, wrong), judge = ANSWERS[task], TASKS[task].is_right
+        return re.sub("[^0-9./-]", "", box[1]).rstrip(".") in ("42", "842", "84/2")
+    before, number = re.fullmatch("([^0-9]*)(.*)", re.sub("m(\\^2|²)", "m", text), re.DOTALL).groups()
+    minus = re.sub(r"[^\w\u2212\u2013-]", "", before)[-1:] in ("-", "\u2212", "\u2013")
+    fraction = before.endswith(".") and not before[-2:-1].isalpha()
+    return re.sub("[^0-9.]", "", number).rstrip(".0") == "1234" and not fraction and not minus
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_answers_and_slow_attacks(task):
+    """However it is written, right is right; all else is wrong and not an error. Of so many texts as SLOW says none
+    holds up a group, or gets full marks for nothing: SLOW=100000 pytest -s test_agrpo.py -k slow"""
+    task == "math" and pytest.importorskip("math_verify")
+    (example, right, wrong), judge, texts = ANSWERS[task], TASKS[task].is_right, int(os.environ.get("SLOW", "100"))
     assert [a for a in right if not judge(example, a)] == [a for a in wrong if judge(example, a)] == []
     if task == "countdown":
         product = {"numbers": "[2, 3, 4]", "target": "24"}
         assert all(judge(product, f"2 {times} 3 {times} 4") for times in words("\\times × \\cdot ·"))
-    if task == "math":
-        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="thread"):
-            other.submit(judge, example, right[0]).result()
     if task == "gsm8k":
         assert all(judge({"gold": "-1,234"}, minus + "$1234") for minus in ("-", "\u2013", "- "))
         assert not any(judge({"gold": "-1234"}, answer) for answer in right)
+    rng, rights, longest = random.Random(0), 0, 0.0
+    piece = lambda: rng.choice([*right * 3, rng.choice(wrong), rng.choice(DEBRIS), chr(rng.randrange(0x110000))])
+    pieces = lambda most: "".join(piece() for _ in range(rng.randint(0, most)))
+    for i in range(texts):
+        tagged = f"<reasoning>{pieces(2)}</reasoning>{pieces(1)}<answer>{pieces(3)}</answer>"
+        text = (pieces(4) if i % 3 == 0 else tagged) * (10**4 if i % 100 == 0 else 1)
+        began = time.perf_counter()
+        reward, is_right = TASKS[task].grade(example, text)
+        longest = max(longest, time.perf_counter() - began)
+        assert 0 <= reward <= 5 and (reward >= 3) == is_right
+        assert not is_right or really_right(task, agrpo.answer_in(text)), text
+        rights += is_right
+    print(f"{task}: {rights:,} of {texts:,} right; longest {longest:.3f} s")
+    assert rights > texts / 100 and longest < 4  # seconds; math-verify has up to three
 
 
-def test_rewards_count_tags_once_and_only_a_right_answer_scores_full_marks():
-    """3 for the answer, 0.5 for each pair of tags; a pair written twice, or the wrong way round, is none."""
-    right, example = "<reasoning>r</reasoning><answer>(1 + 2) * 3</answer>", {"numbers": "1,2,3", "target": "9"}
-    graded = {right: 4, right.replace("* 3", "* 4"): 1, "<answer>(1 + 2) * 3</answer>": 3.5, "(1 + 2) * 3": 3}
-    graded |= {
-        "(1 + 2) * 3</answer>": 0,
-        right + "<answer>9</answer>": 0.5,
-        "</answer>(1 + 2) * 3<answer>": 0,
-        "<answer>" * 99 + right[22:]: 0,
-    }
+def test_rewards_by_hand():
+    """3 for the answer, 0.5 for each pair of tags; one written twice, or the wrong way round, is none."""
+    right = "<reasoning>r</reasoning><answer>(1 + 2) * 3</answer>"
+    graded = {right: 4, right.replace("* 3", "* 4"): 1, right[24:]: 3.5, "(1 + 2) * 3": 3, right[32:]: 0}
+    graded |= {right + "<answer>9</answer>": 0.5, "</answer>(1 + 2) * 3<answer>": 0, "<answer>" * 99 + right[24:]: 0}
     for completion, reward in graded.items():
-        assert TASKS["countdown"].grade(example, completion) == (reward, reward >= 3), completion
-    sudoku, example = TASKS["sudoku"], {"puzzle": PUZZLE}
-    assert sudoku.grade(example, f"<answer>{GRID}</answer>") == (3 + 1 + 0.5, True)
-    assert sudoku.grade(example, GRID) == (4, True) and sudoku.grade(example, CHANGED) == (0, False)
-    assert 0 < sudoku.grade(example, GRID.replace("1243", "1143"))[0] < 1  # its share of rows, columns and boxes
+        found = TASKS["countdown"].grade({"numbers": "1,2,3", "target": "9"}, completion)
+        assert found == (reward, reward >= 3), completion
+    for completion, reward in (f"<answer>{GRID}</answer>", 4.5), (CHANGED, 0), (GRID.replace("1243", "1143"), 9 / 12):
+        assert TASKS["sudoku"].grade(FILLED, completion) == (reward, reward >= 3)
 
 
 def test_sudoku_and_countdown_make_examples():
-    """240 grids to train on, 48 others to test on, whatever the seed; 12 to 14 blanks; Countdown has three numbers."""
-    task = TASKS["sudoku"]
-    train, test = (task.examples(split, agrpo.Settings(seed=5)) for split in ("train", "test"))
-    seen, held_out = ({example["solution"] for example in part} for part in (train, test))
+    """240 grids to train on, 48 others to test on, whatever the seed; 12 to 14 blanks; three numbers."""
+    create = TASKS["sudoku"].create
+    train, test, pretrain = (create(split, 5) for split in ("train", "test", "pretrain"))
+    seen, held_out, pretraining = ({e["solution"] for e in part} for part in (train, test, pretrain))
     assert (len(seen), len(held_out), len(seen | held_out)) == (240, 48, 288)
-    assert test == task.examples("test", agrpo.Settings(seed=6)) and train != task.examples("train", agrpo.Settings())
+    assert test == create("test", 6) and train != create("train", 6)
     assert all(12 <= e["puzzle"].count("0") <= 14 and solved(e["puzzle"], e["solution"]) for e in train + test)
-    pretraining = {example["solution"] for example in task.create("pretrain", 5)}  # of them 240 grids
     assert len(pretraining) == 528 and seen < pretraining and not held_out & pretraining
-    assert all(sorted(square[i::4]) == sorted(square[:4]) == [*"1234"] for square in pretraining for i in range(4))
     for split, many in ("train", 4096), ("test", 256):
-        problems = TASKS["countdown"].examples(split, agrpo.Settings(task="countdown"))
+        problems = TASKS["countdown"].create(split, 0)
         assert [p["numbers"].count(",") == 2 and 0 < int(p["target"]) < 1000 for p in problems] == [True] * many
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet", "test.jsonl", "test-0000N-of-00002.csv"])
 def test_data_are_read_from_files_and_folders(name, tmp_path):
-    """Every format; a folder with a test.* or its shards. Leading zeros stay, and a line separator ends no row."""
-    row = {"more": 1, "question": "q\u2028r", "answer": "so\n#### 5", "Puzzle": PUZZLE, "Solution": GRID}
+    """Every format; a folder with a test.* or all its shards. Leading zeros and line separators stay."""
+    row = {"question": "q\u2028r", "answer": "so\n#### 5", "nums": [44, 19, 35], "target": 98, "more": 1}
+    row |= {"Puzzle": PUZZLE, "Solution": GRID}
     files = [tmp_path / name.replace("N", str(n)) for n in range(1 + ("N" in name))]
     for file in files:
-        kind, options = file.suffix[1:].removesuffix("l"), {"lines": True} if file.suffix == ".jsonl" else {}
-        getattr(datasets.Dataset.from_list([row]), f"to_{kind}")(file, **options)
-    (tmp_path / "testimony.csv").write_text("nothing to do with it")
+        kind, lines = file.suffix[1:].removesuffix("l"), {"lines": name[-1] == "l"} if ".json" in name else {}
+        getattr(datasets.Dataset.from_list([row]), f"to_{kind}")(file, **lines)
+    (tmp_path / "test-small.csv").write_text("nothing to do with it")
     settings = agrpo.Settings(data=str(tmp_path if name.startswith("test") else files[0]))
-    assert TASKS["gsm8k"].examples("test", settings) == [{"question": "q\u2028r", "gold": "5"}] * len(files)
-    assert TASKS["sudoku"].examples("test", settings) == [{"puzzle": PUZZLE, "solution": GRID}] * len(files)
-
-
-def test_countdown_data_of_others_and_folders_of_both_splits(tmp_path):
-    """Columns nums and target, a list of numbers; a folder with a train.* is used for both; shards must be complete."""
-    task, settings = TASKS["countdown"], agrpo.Settings(data=str(tmp_path))
-    for split, target in ("train", 98), ("test", 99), ("test-small", 1):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"nums": [44, 19, 35], "target": target}))
-    for split, target in ("train", "98"), ("test", "99"):
-        assert task.examples(split, settings) == [{"numbers": "44, 19, 35", "target": target}]
-    (tmp_path / "test.jsonl").rename(tmp_path / "test-00000-of-00002.jsonl")
-    with pytest.raises(agrpo.BadInput, match="not one test.csv"):
-        task.examples("test", settings)
+    read = lambda task: TASKS[task].examples("test", settings)
+    assert read("gsm8k") == [{"question": "q\u2028r", "gold": "5"}] * len(files)
+    assert read("sudoku") == [FILLED] * len(files)
+    assert [re.findall("[0-9]+", str(e)) for e in read("countdown")] == [words("44 19 35 98")] * len(files)
+    for shard in files[1:]:
+        shard.unlink()
+        with pytest.raises(agrpo.BadInput, match="not one test.csv"):
+            read("gsm8k")
 
 
 ROW = '{"question": "q", "answer": "#### 5"}\n'
 BAD_DATA = {
     "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like .+ in {'Question': 1"),
-    "empty value": ("a.csv", "question,answer\nq,#### 5\nq,\n", "row 2: no answer"),
     "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "not readable"),
-    "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"), "no table": ("a.json", "[" * 1000, "not readable"),
-    "no field": ("a.jsonl", ROW + '{"question": "q"}', "row 2: no answer"),
+    "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"),
     "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "row 2: no question"),
-    "no number": ("a.jsonl", ROW.replace("5", "five"), "row 1: no answer"),
     "no parquet": ("a.parquet", "nonsense", "not readable"), "no format": ("a.txt", "q", ".parquet"),
     "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "not readable"), "one file": ("a.jsonl", ROW, "train."),
     "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "row 2: no Puzzle"),
@@ -1037,8 +1027,8 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("what", BAD_DATA)
-def test_data_that_are_not_what_they_should_be_are_named(what, tmp_path):
-    """The file, and the column or the row, in one sentence; one file is to test on."""
+def test_bad_data_are_named(what, tmp_path):
+    """The file, the column and the row, in one sentence; one file is to test on."""
     (name, content, said), task = BAD_DATA[what], "sudoku" if what == "lost zeros" else "gsm8k"
     (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(agrpo.BadInput, match=re.escape(said)) as refused:
@@ -1049,254 +1039,173 @@ def test_data_that_are_not_what_they_should_be_are_named(what, tmp_path):
 # ===== 7. Models ======================================================================================================
 
 IDS = torch.arange(5, 23).view(2, 9)
+logits_of = lambda folder: agrpo.load_model(str(folder))[0](IDS).logits
+LLADA_NAMES = {  # what to replace in Llama's names, one after another; in LLaDA's code: silu(ff_proj) * up_proj
+    "lm_head": "model.ff_out", "model.": "model.transformer.", "layers": "blocks", "embed_tokens": "wte",
+    "transformer.norm": "transformer.ln_f", "input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm",
+    "self_attn.o_proj": "attn_out", "mlp.gate_proj": "ff_proj", "mlp.down_proj": "ff_out", "mlp.": "", "self_attn.": "",
+}  # fmt: skip
 
 
-def llada_checkpoint(folder: Path, **change) -> dict:
-    """A small random checkpoint as GSAI-ML/LLaDA-8B-Instruct's is laid out: its config, its names, a chat template."""
+def checkpoint(folder: Path, kind: str = "llada", **change):
+    """A small random checkpoint in LLaDA's, Dream's or dLLM's layout; transformers' own model, weights and config."""
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+    shape |= {"tie_word_embeddings": kind == "a2d-qwen3", "max_position_embeddings": 2048}
+    name = {"llada": "Llama", "Dream": "Qwen2"}.get(kind, kind[4:].capitalize())
+    config = getattr(transformers, name + "Config")(**shape)
+    model, rng = getattr(transformers, name + "ForCausalLM")(config).eval(), seeded(0)
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=rng)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # a tied head too
+    raw = json.loads(config.to_json_string()) | {"model_type": kind}
     _, tokenizer, mask_id = agrpo.load_model("tiny")
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template += "{{ add_generation_prompt }}{{ enable_thinking }}"
     tokenizer.save_pretrained(folder)
-    raw = {"model_type": "llada", "architectures": ["LLaDAModelLM"], "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
-    raw |= {"auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"}}
-    raw |= {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96, "vocab_size": 128}
-    raw |= {"embedding_size": 128, "max_sequence_length": 2048, "weight_tying": False, "mask_token_id": mask_id}
-    (folder / "config.json").write_text(json.dumps(raw | change))
-    shapes = {"wte": (128, 32), "ln_f": (32,), "ff_out": (128, 32)}
-    block = {"attn_norm": (32,), "ff_norm": (32,), "q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32)}
-    block |= {"attn_out": (32, 32), "ff_proj": (96, 32), "up_proj": (96, 32), "ff_out": (32, 96)}
-    shapes |= {f"blocks.{i}.{name}": shape for i in (0, 1) for name, shape in block.items()}
-    rng = torch.Generator().manual_seed(0)
-    weights = {f"model.transformer.{n}.weight": 0.2 * torch.randn(s, generator=rng) for n, s in shapes.items()}
+    if kind == "llada":
+        raw = {"model_type": kind, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "mask_token_id": mask_id}
+        raw |= {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
+        raw |= {"embedding_size": 300, "max_sequence_length": 2048, "weight_tying": False, "vocab_size": 299}
+        for ours, theirs in LLADA_NAMES.items():
+            weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
+    if kind == "Dream":  # whose BPE tokenizer has a class of its own
+        raw |= {"mask_token_id": 257, "rope_theta": raw.pop("rope_parameters")["rope_theta"]}
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(bytes_to_unicode().values())}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        added = {i: {"content": text, "special": True} for i, text in ((256, "<end>"), (257, "<mask>"))}
+        bpe = {"auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}, "mask_token": "<mask>"}
+        bpe |= {"tokenizer_class": "DreamTokenizer", "eos_token": "<end>", "pad_token": "<end>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(bpe | {"added_tokens_decoder": added}))
     agrpo.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return weights
+    (folder / "config.json").write_text(json.dumps(raw | change))
+    return model, weights, raw
 
 
-def dream_checkpoint(folder: Path) -> None:
-    """A small random checkpoint as Dream-org/Dream-v0-Instruct-7B's is laid out: Qwen2's names, a BPE tokenizer."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **shape)).save_pretrained(folder)
-    raw = json.loads((folder / "config.json").read_text())
-    raw |= {"model_type": "Dream", "mask_token_id": 257, "auto_map": {"AutoModel": "modeling_dream.DreamModel"}}
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(bytes_to_unicode().values())}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    added = {str(i): {"content": text, "special": True} for i, text in ((256, "<|endoftext|>"), (257, "<|mask|>"))}
-    tokenizer = {"tokenizer_class": "DreamTokenizer", "added_tokens_decoder": added, "mask_token": "<|mask|>"}
-    tokenizer |= {"auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
-    tokenizer |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-
-
-def test_llada_loads_as_a_llama_and_is_saved_under_its_own_names(tmp_path):
-    """Every weight arrives; attention looks both ways; saving gives LLaDA's names and config back, and loads again."""
-    weights = llada_checkpoint(tmp_path / "llada")
-    model, tokenizer, mask_id = agrpo.load_model(str(tmp_path / "llada"))
-    assert mask_id == tokenizer.mask_token_id and type(model).__name__ == "LlamaForCausalLM"
-    layer, theirs = model.model.layers[1], lambda name: weights[f"model.transformer.blocks.1.{name}.weight"]
-    for name, ours in {  # as in the published modeling code: silu(ff_proj) * up_proj
-        "ff_proj": layer.mlp.gate_proj, "up_proj": layer.mlp.up_proj, "ff_out": layer.mlp.down_proj,
-        "attn_norm": layer.input_layernorm, "ff_norm": layer.post_attention_layernorm, "q_proj": layer.self_attn.q_proj,
-        "k_proj": layer.self_attn.k_proj, "v_proj": layer.self_attn.v_proj, "attn_out": layer.self_attn.o_proj,
-    }.items():  # fmt: skip
-        assert torch.equal(ours.weight, theirs(name))
-    logits, changed = model(IDS).logits, IDS.clone()
-    changed[:, -1] += 1
-    assert not torch.allclose(logits[:, 0], model(changed).logits[:, 0])  # the first position sees the last
-    agrpo.save_model(model, tokenizer, tmp_path / "saved")
-    saved = agrpo.load_file(tmp_path / "saved" / "model.safetensors")
-    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
-    assert torch.equal(agrpo.load_model(str(tmp_path / "saved"))[0](IDS).logits, logits)
-
-
-def test_what_lies_in_a_folder_comes_first(tmp_path):
-    """A Trainer's folder is the model in it, not an older checkpoint-500 beside it."""
-    llada_checkpoint(tmp_path / "llada")
-    llada_checkpoint(tmp_path / "llada" / "checkpoint-500", n_layers=3)
-    agrpo.load_model(str(tmp_path / "llada"))
-
-
-def a2d_checkpoint(folder: Path, kind: str, tied: bool, **change):
-    """A small random checkpoint as dLLM's are laid out: a Qwen3, Qwen2 or Llama under another model_type, <|im_end|> as
-    EOS, more rows in its vocabulary than tokens. Returns transformers' own model of it."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
-    name = kind.capitalize()
-    config, model = (getattr(transformers, name + part) for part in ("Config", "ForCausalLM"))
-    causal = model(config(**shape, max_position_embeddings=2048)).eval()
-    causal.save_pretrained(folder)
-    stored = agrpo.load_file(folder / "model.safetensors") | {"lm_head.weight": causal.lm_head.weight.detach().clone()}
-    agrpo.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    raw = json.loads((folder / "config.json").read_text()) | {"model_type": f"a2d-{kind}", "is_causal": True} | change
-    (folder / "config.json").write_text(json.dumps(raw))
-    _, tokenizer, _ = agrpo.load_model("tiny")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ enable_thinking }}"
-    tokenizer.save_pretrained(folder)
-    return causal, raw
-
-
-@pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", False)])
-def test_a2d_checkpoints_are_transformers_models_that_look_both_ways(kind, tied, tmp_path):
-    """The logits of transformers' model given an explicit mask of ones, padded or not; the config comes back as it was.
-    It trains with LoRA from the command line, resumes and is measured."""
-    causal, raw = a2d_checkpoint(tmp_path / "a2d", kind, tied)
-    model, tokenizer, _ = agrpo.load_model(str(tmp_path / "a2d"))
-    everywhere = torch.arange(9).expand(2, 9)
+@pytest.mark.parametrize("kind", ["llada", "Dream", "a2d-qwen3", "a2d-qwen2", "a2d-llama"])
+def test_checkpoints_load_exactly_and_are_saved_as_they_came(kind, tmp_path):
+    """The logits of transformers' model, given a mask of ones; Dream's are one place on. All is saved as it was."""
+    folder, saved = tmp_path / "it", tmp_path / "saved"
+    (folder / "checkpoint-500").mkdir(parents=True)
+    theirs, weights, raw = checkpoint(folder, kind)
+    model, tokenizer, mask_id = agrpo.load_model(str(folder))
+    found = mask_id, tokenizer.eos_token_id, len(tokenizer("ab")["input_ids"])
+    assert found == ((257, 256, 2) if kind == "Dream" else (3, 2, 2))
     for pad in 0, 2:
         real = torch.arange(9).expand(2, 9) >= pad
         mask = torch.where(real[:, None, None, :], 0.0, torch.finfo(torch.float32).min).expand(2, 1, 9, 9)
         places = (real.long().cumsum(1) - 1).clamp(min=0)
-        expected = causal(input_ids=IDS, attention_mask=mask, position_ids=places).logits
-        found = agrpo.logits_at(model, IDS, real, everywhere)
-        torch.testing.assert_close(found[:, pad:], expected[:, pad:], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(found[:, pad], causal(input_ids=IDS).logits[:, pad], atol=1e-3)  # it looks ahead
-    agrpo.save_model(model, tokenizer, tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == raw
-    assert torch.equal(agrpo.load_model(str(tmp_path / "saved"))[0](IDS).logits, model(IDS).logits)
-    for split, answer in ("train", 505), ("test", 606):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": f"{answer}?", "answer": f"#### {answer}"}))
-    where = f"--task gsm8k --model {tmp_path}/a2d --data {tmp_path} --output_dir {tmp_path}/run --answer_format boxed"
-    assert "Nothing to learn from" in run(LLADA_RUN, where)
-    run("--resume", tmp_path / "run", "--max_steps 3")
-    run(tmp_path / "run", "--device cpu --save", tmp_path / "all", main=curve.main)
-    prompt = rows_of(tmp_path / "all")[0]["prompt"]
-    assert len(figures(tmp_path / "run")) == 3 and "within \\boxed{}.False" in prompt and "<answer>" not in prompt
+        expected = theirs(input_ids=IDS, attention_mask=mask, position_ids=places).logits[:, pad:8]
+        found = agrpo.logits_at(model, IDS, real, torch.arange(pad, 8).expand(2, -1) + (kind == "Dream"))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    agrpo.save_model(model, tokenizer, saved)
+    assert torch.equal(logits_of(saved), model(IDS).logits)
+    assert json.loads((saved / "config.json").read_text()) == raw
+    again = agrpo.load_file(saved / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in again)
+    assert weights.keys() - again.keys() == ({"lm_head.weight"} if kind == "a2d-qwen3" else set())  # tied
 
 
-def test_block_causal_relatives_and_windows_are_refused(tmp_path):
-    for name, change in ("Qwen3-bd3lm", {}), ("a", {"use_sliding_window": True}), ("b", {"layer_types": ["sliding"]}):
-        a2d_checkpoint(tmp_path / name, "qwen2", True, **change)
-        with pytest.raises(agrpo.BadInput, match="here all tokens see each other"):
-            agrpo.load_model(str(tmp_path / name))
-    assert agrpo.parse_settings(["--task", "gsm8k", "--model", "qwen3-0.6b"]).model == agrpo.SMALL["model"]
+CANNOT_SERVE = [  # what is said, the folder's name, what is changed in its config
+    ("missing.*layers.2.*unexpected", "llada", {"n_layers": 3}), ("gpt2", "llada", {"model_type": "gpt2"}),
+    ("unexpected.*layers.1.*mismatched", "llada", {"n_layers": 1}),
+    ("billions.*for a CPU", "llada", {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288}),
+    ("no mask_token_id", "llada", {"mask_token_id": None}), ("tokens see each other", "Qwen3-bd3lm", {}),
+    ("tokens see each other", "a2d-qwen2", {"use_sliding_window": True}),
+    ("tokens see each other", "a2d-qwen2", {"layer_types": ["sliding_attention"]}),
+]  # fmt: skip
 
 
-CANNOT_SERVE = {  # what is said: what is changed in its config
-    "missing.*layers.2.*unexpected": {"n_layers": 3}, "unexpected.*layers.1.*mismatched": {"n_layers": 1},
-    "gpt2": {"model_type": "gpt2"}, "billions.*for a CPU": {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288},
-}  # fmt: skip
+@pytest.mark.parametrize(("said", "name", "change"), CANNOT_SERVE)
+def test_what_cannot_serve_is_refused_by_name(said, name, change, tmp_path):
+    """Weights that do not fit, another architecture, attention in windows, too many weights."""
+    checkpoint(tmp_path / name, "a2d-qwen3" if "bd3lm" in name else name, **change)
+    with pytest.raises(agrpo.BadInput, match=f"{name}.*{said}"):
+        agrpo.load_model(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("said", CANNOT_SERVE)
-def test_a_checkpoint_that_cannot_serve_is_refused_by_name(said, tmp_path):
-    """Missing or unexpected weights, another architecture, billions of parameters on a CPU."""
-    llada_checkpoint(tmp_path / "llada", **CANNOT_SERVE[said])
-    with pytest.raises(agrpo.BadInput, match=said):
-        agrpo.load_model(str(tmp_path / "llada"))
+LLADA_RUN = "--prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 --block_length 6 "
+LLADA_RUN += "--steps 4 --eval_steps 4 --eval_examples 2 --lora_rank 2 --device cpu "
 
 
-def test_dream_reads_its_logits_one_place_to_the_left(tmp_path):
-    """logits_at hands out, for position i, what Dream computes at i - 1; the tokenizer loads without remote code."""
-    dream_checkpoint(tmp_path / "dream")
-    model, tokenizer, mask_id = agrpo.load_model(str(tmp_path / "dream"))
-    agrpo.save_model(model, tokenizer, tmp_path / "saved")
-    again, tokenizer, again_id = agrpo.load_model(str(tmp_path / "saved"))
-    assert mask_id == again_id == 257 and tokenizer.eos_token_id == 256 and tokenizer("ab")["input_ids"] != []
-    positions = torch.tensor([[1, 5], [3, 2]])
-    expected = model(IDS).logits.gather(1, (positions - 1)[..., None].expand(-1, -1, 300))
-    torch.testing.assert_close(agrpo.logits_at(again, IDS, None, positions), expected)
-
-
-def adapter_and_merged(folder: Path):
-    """A LLaDA with random LoRA weights, saved as an adapter and merged; returns its logits."""
-    llada_checkpoint(folder / "llada")
-    model, tokenizer, _ = agrpo.load_model(str(folder / "llada"))
-    before, _ = model(IDS).logits, agrpo.add_lora(model, r=4, alpha=8.0)
-    assert torch.equal(model(IDS).logits, before)  # at first it is the model itself
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * 7 and all("lora_" in name for name in trained)
+def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
+    """An adapter loads as it was, or merged; a new one goes on top. peft's and d1's are read too."""
+    checkpoint(tmp_path / "llada")
+    base, (model, tokenizer, _) = (agrpo.load_model(str(tmp_path / "llada")) for _ in range(2))
+    agrpo.add_lora(model, r=4, alpha=8.0)
+    assert torch.equal(model(IDS).logits, base[0](IDS).logits)  # at first
     torch.manual_seed(0)
-    for name in trained:
-        torch.nn.init.normal_(model.get_parameter(name), std=0.3)
-    logits = model(IDS).logits
-    agrpo.save_model(model, tokenizer, folder / "adapter")
-    agrpo.save_model(agrpo.merge_lora(model), tokenizer, folder / "merged")
-    return logits
+    for layer in [layer for layer in model.modules() if isinstance(layer, agrpo.LoRALinear)]:
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    logits, adapter = model(IDS).logits, tmp_path / "adapter"
+    agrpo.save_model(model, tokenizer, adapter)
+    agrpo.save_model(agrpo.merge_lora(model), tokenizer, tmp_path / "merged")
+    assert torch.equal(logits_of(adapter), logits)
 
-
-def test_adapters_of_others(tmp_path):
-    """Of some layers only, under LLaDA's names, as d1 has it; made by peft. What is not in safetensors is named."""
-    adapter_and_merged(tmp_path)
-    saved = agrpo.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    ours = {name: tensor for name, tensor in saved.items() if re.search("[qkv]_proj", name)}
-    rename = lambda name: name.replace(".layers.", ".transformer.blocks.").replace("self_attn.", "")
-    for folder, change in (tmp_path / "ours", str), (tmp_path / "theirs", rename):
-        shutil.copytree(tmp_path / "adapter", folder)
-        agrpo.save_file({change(n): x for n, x in ours.items()}, folder / "adapter_model.safetensors")
-    ours, theirs, whole = (agrpo.load_model(str(tmp_path / n))[0](IDS).logits for n in ("ours", "theirs", "adapter"))
-    assert torch.equal(ours, theirs) and not torch.allclose(ours, whole)
-    (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "adapter_model.bin")
-    with pytest.raises(agrpo.BadInput, match="only plain LoRA in adapter_model.safetensors"):
-        agrpo.load_model(str(tmp_path / "theirs"))
-    peft, (base, _, _) = pytest.importorskip("peft"), agrpo.load_model(str(tmp_path / "llada"))
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(base, config)
-    model.save_pretrained(tmp_path / "peft")
-    torch.testing.assert_close(agrpo.load_model(str(tmp_path / "peft"))[0](IDS).logits, model.eval()(IDS).logits)
-
-
-LLADA_RUN = "--max_steps 2 --prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 "
-LLADA_RUN += "--block_length 6 --steps 4 --eval_steps 4 --eval_examples 2 --lora_rank 2 --device cpu "
-
-
-def test_lora_is_saved_loaded_merged_measured_and_read_by_peft(tmp_path):
-    """The adapter's folder loads to the same logits, merged to rounding; a new adapter may go on top of it."""
-    logits, folder = adapter_and_merged(tmp_path), tmp_path / "adapter"
-    assert torch.equal(agrpo.load_model(str(folder))[0](IDS).logits, logits)
-    merged, _, _ = agrpo.load_model(str(tmp_path / "merged"))
-    torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
-    printed = run(LLADA_RUN, f"--task countdown --model {folder} --output_dir {tmp_path}/run")
-    assert "Nothing to learn from" in printed  # so B is still 0
-    torch.testing.assert_close(agrpo.load_model(str(tmp_path / "run"))[0](IDS).logits, logits, rtol=1e-4, atol=1e-4)
-    options = curve.parse_options([str(folder)])
-    assert (options.steps, options.completion_length, options.block_length) == ([256, 128, 64, 32], 256, 32)
+    where = f"--max_steps 1 --task countdown --model {adapter} --output_dir {tmp_path}/run"
+    assert "Nothing to learn from" in run(LLADA_RUN, where)  # so the new B is still 0
+    for folder in "merged", "run":
+        torch.testing.assert_close(logits_of(tmp_path / folder), logits, rtol=1e-4, atol=1e-4)
+    assert curve.parse_options([str(adapter)]).steps == [256, 128, 64, 32]  # the paper's
     more = f"--base {tmp_path}/merged --task countdown --examples 2 --save {tmp_path}/all --show 1 --device cpu"
-    printed = run(folder, more, "--completion_length 12 --block_length 6 --steps 4 2", main=curve.main)
-    written = Counter((row["steps"], row["example"], row["completion"]) for row in rows_of(tmp_path / "all"))
-    assert "step 4 of 4" in printed and [*written.values()] == [2] * 4
-    for change in {"r": 8}, {"use_rslora": True}:
-        other = shutil.copytree(folder, tmp_path / f"{change}")
-        config = json.loads((folder / "adapter_config.json").read_text()) | change
-        (other / "adapter_config.json").write_text(json.dumps(config))
-        with pytest.raises(agrpo.BadInput, match="adapter"):
-            agrpo.load_model(str(other))
-    base, peft = agrpo.load_model(str(tmp_path / "llada"))[0], pytest.importorskip("peft")
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, str(folder)).eval()(IDS).logits, logits)
+    assert "step 4 of 4" in run(adapter, more, "--completion_length 12 --block_length 6 --steps 4 2", main=curve.main)
+    texts = [row["completion"] for row in rows_of(tmp_path / "all")]
+    assert texts[:4] == texts[4:] and len(texts) == 8
+
+    weights = agrpo.load_file(adapter / "adapter_model.safetensors")
+    some = {name: tensor for name, tensor in weights.items() if re.search("[qkv]_proj", name)}
+    rename = lambda name: name.replace(".layers.", ".transformer.blocks.").replace("self_attn.", "")
+    theirs = shutil.copytree(adapter, tmp_path / "d1")
+    agrpo.save_file({rename(name): some[name] for name in some}, theirs / "adapter_model.safetensors")
+    read = agrpo.load_model(str(theirs))[0].state_dict()
+    read = {agrpo.PEFT + name: tensor for name, tensor in read.items() if "lora_" in name}
+    assert read.keys() == some.keys() and all(torch.equal(read[name], some[name]) for name in some)
+    file = theirs / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change, said in ({"r": 8}, "another model"), ({"use_rslora": True}, "only plain LoRA"):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(agrpo.BadInput, match=f"d1.*{said}"):
+            agrpo.load_model(str(theirs))
+
+    peft = pytest.importorskip("peft")
+    read = peft.PeftModel.from_pretrained(agrpo.load_model(str(tmp_path / "llada"))[0], str(adapter))
+    torch.testing.assert_close(read.eval()(IDS).logits, logits)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    made = peft.get_peft_model(base[0], config)
+    made.save_pretrained(tmp_path / "peft")
+    torch.testing.assert_close(logits_of(tmp_path / "peft"), made.eval()(IDS).logits)
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "countdown", "sudoku"])
-def test_a_llada_checkpoint_trains_with_lora_on_each_task(task, tmp_path, monkeypatch):
-    """Chat prompts, the release's settings cut short, data from files: an adapter that loads, a run that resumes."""
-    llada_checkpoint(tmp_path / "llada")
-    row = {"question": "How much is 1 + 1?", "answer": "#### 2", "input": "30,100,93", "output": "23"}
-    row |= {"Puzzle": PUZZLE, "Solution": GRID}
-    (tmp_path / "test.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    row |= {"question": "How much is 2 + 0?", "input": "30,101,94", "Puzzle": "0" + PUZZLE[1:].replace("1", "0")}
-    with open(tmp_path / "train.jsonl", "w") as file:
-        file.write(f"{json.dumps(row)}\n" * 4 + (tmp_path / "test.jsonl").read_text().partition("\n")[0])
-    rewards, folder = itertools.count(), tmp_path / "run"
-    monkeypatch.setattr(agrpo.Task, "grade", lambda *_: (next(rewards), False))  # what a random model writes earns 0
-    where = f"--task {task} --model {tmp_path}/llada --data {tmp_path} --output_dir {folder}"
-    run(LLADA_RUN, where, "--gradient_checkpointing true --beta 0.1")
-    printed = run("--resume", folder, "--max_steps 3")
-    assert "1 left out" in printed and "--max_steps was 2, is 3 from here on" in printed
-    assert len(figures(folder)) == 3 and all(line["grad_norm"] > 0 for line in figures(folder))
-    assert json.loads((folder / "settings.json").read_text())["top_k"] == 150  # the release's
-    weights = agrpo.load_file(agrpo.checkpoints(folder)[-1] / "adapter_model.safetensors").values()
-    assert len(weights) == 28 and all(weight.abs().sum() > 0 for weight in weights)
-
-
-def test_away_from_the_hub_one_sentence_says_what_would_work(tmp_path, monkeypatch):
-    """No network, nothing cached: no retries, no traceback."""
-    monkeypatch.setattr(agrpo.hub, "snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
-    for task, option in ("gsm8k", "--data"), ("countdown", "--model"):
-        said = refusal(f"--task {task} --device cpu --output_dir {tmp_path}/run")
-        assert all(words in said for words in ("(no route)", f"{option} FOLDER", "python agrpo.py"))
+@pytest.mark.parametrize(("kind", "task"), [("llada", t) for t in TASKS] + [("Dream", "math"), ("a2d-qwen3", "gsm8k")])
+def test_a_checkpoint_trains_with_lora_on_each_task(kind, task, tmp_path, monkeypatch):
+    """Chat prompts, data from files, the release's settings; a run that resumes bit for bit."""
+    checkpoint(tmp_path / "it", kind)
+    asked = {"question": "What is 1 + 1?", "problem": "1 + 1", "input": "30,100,93", "Puzzle": PUZZLE}
+    known = {"answer": "#### 2", "solution": "\\boxed{2}", "output": "23", "Solution": GRID}
+    one, other = known | asked, known | {name: text.replace("1", "0") for name, text in asked.items()}
+    for split, rows in ("test", [one] * 4), ("train", [other] * 4 + [one]):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reward = lambda _, example, text: (sum(map(ord, text)), False)  # what a random model writes earns 0
+    monkeypatch.setattr(agrpo.Task, "grade", reward)
+    where = f"--task {task} --model {tmp_path}/it --data {tmp_path} --answer_format boxed --output_dir"
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = "--max_steps 3 --save_every 2 --gradient_checkpointing true --beta 0.1 --learning_rate 1e-3"
+    assert "4 examples to train on, 2 to test on, 1 left out" in run(LLADA_RUN, where, one, more)
+    shutil.copytree(one, two)
+    shutil.rmtree(two / "checkpoint-3")
+    run("--resume", two)
+    assert same_run(one, two) and all(line["grad_norm"] > 0 < line["kl"] for line in figures(one)[1:])
+    assert json.loads((one / "settings.json").read_text())["top_k"] == 150  # the release's
+    assert len(agrpo.load_file(one / "checkpoint-3" / "adapter_model.safetensors")) == 2 * 2 * 7
+    run(one, f"--device cpu --save {tmp_path}/all", main=curve.main)
+    prompt = rows_of(tmp_path / "all")[0]["prompt"]
+    assert prompt.startswith("<user>") and prompt.endswith("TrueFalse")
+    assert ("within \\boxed{}." in prompt and "<answer>" not in prompt) == (task in ("gsm8k", "math"))
 
 
 class Living(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of the tensors alive, and the most there were. Fake ones, without contents, count as if real."""
+    """Counts the bytes of the tensors alive, and the most there were. Fake ones count as if real."""
 
     now = most = 0
 
@@ -1314,9 +1223,8 @@ class Living(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def peak_memory(config, args, length: int = 256, fake: bool = True) -> list[float]:
-    """Peak GiB of an update, a rollout batch and one of evaluation, with all that training holds meanwhile. Its code
-    runs, a step a block, on fake weights and real ids, at which `logits_at` looks; with the mask, which no fake token
-    replaces, as EOS a block will do. fake=False: on real weights, and the kernel counts."""
+    """Peak GiB of an update, a rollout batch and one of evaluation, with all that training holds. Its code runs on fake
+    weights and real ids, a step a block; with the mask as EOS a block will do. fake=False: really, by the kernel."""
     status, peaks, sampling = Path("/proc/self/status"), [], {name: getattr(args, name, 1) for name in PLAIN}
     resident = lambda name: int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) / 2**20
     before = 0 if fake else resident("VmRSS")
@@ -1345,7 +1253,7 @@ def peak_memory(config, args, length: int = 256, fake: bool = True) -> list[floa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process")
 def test_memory_estimate_is_what_a_process_grows_by(monkeypatch):
-    """Within 15 %, on a CPU, with 27 million weights. A tiny model goes first, to load what stays loaded."""
+    """Within 15 %, with 27 million weights. A tiny model goes first, to load what stays loaded."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the kernel at once
     shape = {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 16384}
     tiny, big = (LlamaConfig(hidden_size=width, **shape, **agrpo.FULL) for width in (16, 512))
@@ -1374,9 +1282,9 @@ def print_memory():
 
 @pytest.fixture(scope="module")
 def half_known(tmp_path_factory, short_run):
-    """A folder with a model that knows 8 of 24 puzzles by heart, a run of training on top of it, and the puzzles."""
-    folder, examples = tmp_path_factory.mktemp("curve"), TASKS["sudoku"].examples("test", agrpo.Settings())[:24]
-    known = [(example["puzzle"], example["solution"]) for example in examples]
+    """A folder with 24 puzzles, a model that knows 8 of them by heart, and a run that goes on from it."""
+    folder = tmp_path_factory.mktemp("curve")
+    known = [tuple(example.values()) for example in TASKS["sudoku"].create("test", 0)[:24]]
     (folder / "puzzles.csv").write_text("\n".join(["Puzzle,Solution", *map(",".join, known)]))
     torch.manual_seed(0)
     model, tokenizer, mask_id = agrpo.load_model("tiny")
@@ -1387,42 +1295,73 @@ def half_known(tmp_path_factory, short_run):
     return folder
 
 
-RANDOM = "--unmasking random --temperature 1 "
-
-
-@pytest.mark.parametrize("how", ["", RANDOM, RANDOM + "--samples 3 --seeds 0 1"])
-def test_eval_gives_the_figures_of_training_and_counts_what_it_saved(how, half_known, tmp_path):
-    """With the run's own settings; every figure again from the saved lines alone; --show ends in the completion."""
+@pytest.mark.parametrize("how", ["", "--unmasking random --temperature 1 --samples 3 --seeds 0 1"])
+def test_eval_gives_the_figures_of_training(how, half_known, tmp_path):
+    """Every figure again from the saved lines alone; what --show unmasks ends in the completion."""
     files = f"--base {half_known}/base --save {tmp_path}/all --output {tmp_path}/found --show 2 --device cpu "
-    files += f"--plot {tmp_path}/curve.png" if find_spec("matplotlib") else ""
-    printed = run(half_known / "run", files, how, main=curve.main)
-    assert (tmp_path / "curve.png").exists() == bool(find_spec("matplotlib"))
-    found, lines = json.loads((tmp_path / "found").read_text())["results"], rows_of(tmp_path / "all")
-    training, repeats = json.loads((half_known / "run" / "results.json").read_text()), 6 if "samples" in how else 1
-    assert len(lines) == 2 * 3 * 24 * repeats and any(0 < f["accuracy"] < 1 for f in found["trained"].values())
-    assert all(line["correct"] == solved(line["prompt"], line["completion"]) for line in lines)
+    plots = bool(find_spec("matplotlib"))
+    printed = run(half_known / "run", files, how, f"--plot {tmp_path}/curve.png" * plots, main=curve.main)
+    assert (tmp_path / "curve.png").exists() == plots
+    found = json.loads((tmp_path / "found").read_text())["results"]
+    lines = rows_of(tmp_path / "all")
+    training = json.loads((half_known / "run" / "results.json").read_text())
+    assert {(r["correct"], solved(r["prompt"], r["completion"])) for r in lines} == {(True, True), (False, False)}
     mean = lambda values: pytest.approx(sum(values) / len(values))
+    right = lambda records: mean([r["correct"] for r in records])
     for (model, stage), steps in itertools.product((("base", "base"), ("trained", "AGRPO")), (4, 2, 1)):
-        mine, figure = [r for r in lines if (r["model"], r["steps"]) == (model, steps)], found[model][str(steps)]
-        assert figure["accuracy"] == mean([r["correct"] for r in mine]) and figure["tokens/pass"] == 16 / steps
+        mine = [r for r in lines if (r["model"], r["steps"]) == (model, steps)]  # by seed, sample, example
+        figure = found[model][str(steps)]
+        assert len(mine) == 24 * (6 if how else 1) and figure["tokens/pass"] == 16 / steps
+        assert training[stage]["as trained" if how else "greedy"][str(steps)] == right(mine[:24])
+        assert figure["accuracy"] == right(mine)
         assert all(figure[name] == mean([r[name] for r in mine]) for name in ("as released", "length"))
         assert figure["95% interval"] == pytest.approx(curve.wilson(figure["accuracy"], 24))
-        if repeats == 1:
-            assert figure["accuracy"] == training[stage]["as trained" if how else "greedy"][str(steps)]
-            continue
-        groups = [[r for r in mine if (r["seed"], r["example"]) == key] for key in itertools.product((0, 1), range(24))]
-        assert figure["majority@3"] == mean([curve.vote(group, "sudoku") for group in groups])
-        assert figure["pass@3"] == mean([any(r["correct"] for r in group) for group in groups])
-        assert figure["by seed"] == [mean([r["correct"] for r in mine if r["seed"] == seed]) for seed in (0, 1)]
+        if how:
+            assert figure["by seed"] == [right(mine[:72]), right(mine[72:])]
+            groups = [mine[seed + i : seed + 72 : 24] for seed in (0, 72) for i in range(24)]
+            assert figure["majority@3"] == mean([curve.vote(group, "sudoku") for group in groups])
+            assert figure["pass@3"] == mean([any(r["correct"] for r in group) for group in groups])
+            assert len({r["completion"] for r in mine[-1::-24]}) > 2 or model == "trained"  # each draws anew
     grids = re.findall(r"step \d of 4\n((?:.+\n){4})", printed)
     frames = ["".join(line[-7::2] for line in grid.splitlines()) for grid in grids]
     for line, shown in zip(lines, (frames[:4], frames[4:]), strict=False):
         assert [frame.count("░") for frame in shown] == [12, 8, 4, 0] and shown[-1].startswith(line["completion"])
-        assert all({*cells} <= {"░", cells[-1]} and list(cells) == sorted(cells, reverse=True) for cells in zip(*shown))
 
 
-def test_intervals_and_votes_by_hand():
-    """Wilson's closed form, with z = 1.959964; 1,234 and $1234 are one candidate, no answer is none, the first wins."""
+def test_the_best_checkpoint_is_kept(half_known):
+    """Also by a run that is resumed; eval.py measures it with the run's settings."""
+    folder, more = half_known / "ruined", "--learning_rate 1e-3 --warmup_steps 6 --max_steps 3 --save_every 1"
+    more += f" --model {half_known}/base --data {half_known}/puzzles.csv --eval_examples 0 --eval_every 1"
+    run(SHORT, folder, more)
+    printed = run("--resume", folder, "--max_steps 6")
+    accuracy = [row["eval_accuracy"] for row in figures(folder)]
+    best = max(accuracy)
+    assert accuracy.index(best) < 3 and f"best is update {1 + accuracy.index(best)}, " in printed
+    run(folder / "best", f"--device cpu --output {folder}/best.json", main=curve.main)
+    assert json.loads((folder / "best.json").read_text())["results"]["trained"]["4"]["accuracy"] == best > 0
+
+
+AS_RELEASED = [  # what the release counts, whether or not we do; | is between texts
+    ("gsm8k", {"gold": "5"}, 1, (
+        "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
+        "5!|5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|"
+        "<answer>6 \\boxed{5}</answer>")),
+    ("gsm8k", {"gold": "5"}, 0, (
+        "1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|x|0.5|"
+        "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5")),
+    ("gsm8k", {"gold": "1,234"}, 1, "1234"), ("math", {}, 1, "whatever it is"),
+    ("countdown", SUM, 1, "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23"),
+    ("countdown", SUM, 0, "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"),
+    ("sudoku", FILLED, 1, f"{GRID}|<answer>{GRID}</answer> 1"),
+    ("sudoku", FILLED, 1 / 8, "4" * 16), ("sudoku", FILLED, 0, ""),
+]  # fmt: skip
+
+
+def test_eval_s_figures_by_hand():
+    """Wilson's interval, with z = 1.959964; 1,234 and $1234 are one vote, the first of equals wins."""
+    for task, example, share, texts in AS_RELEASED:
+        for text in texts.split("|"):
+            assert curve.as_released(task, example, text, True) == pytest.approx(share), text
     for right, n, low, high in (0, 10, 0, 0.277533), (8, 10, 0.490162, 0.943318), (50, 100, 0.403832, 0.596168):
         assert curve.wilson(right / n, n) == pytest.approx((low, high), abs=1e-6)
     said = lambda text: [{"answer": a, "correct": a in ("1,234", "$1234", "(1+2)")} for a in text.split("|")]
@@ -1432,54 +1371,11 @@ def test_intervals_and_votes_by_hand():
         assert not curve.vote(said(text), task)
 
 
-def test_the_best_checkpoint_is_kept(half_known):
-    """Also by a run that is resumed; eval.py measures it with the run's settings."""
-    folder, more = half_known / "ruined", f"--model {half_known}/base --data {half_known}/puzzles.csv --eval_every 1 "
-    run(SHORT, folder, more, "--eval_examples 0 --learning_rate 1e-3 --warmup_steps 6 --max_steps 3 --save_every 1")
-    for updates in 3, 6:
-        printed = run("--resume", folder, "--max_steps", updates)
-        accuracy = [row["eval_accuracy"] for row in figures(folder)]
-        assert len(accuracy) == updates and max(accuracy) > 0 and (updates == 3 or accuracy[-1] < max(accuracy))
-        run(folder / "best", f"--device cpu --output {folder}/{updates}.json", main=curve.main)
-        found = json.loads((folder / f"{updates}.json").read_text())["results"]["trained"]["4"]
-        assert found["accuracy"] == max(accuracy)
-        assert f"best is update {1 + accuracy.index(max(accuracy))}, with accuracy {max(accuracy):.3f}" in printed
-
-
-AS_RELEASED = {  # task: an example, what the release counts as right and as wrong, whether or not we do; | between
-    "gsm8k": ({"gold": "5"},
-        ("5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
-         "5!|5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|"
-         "<answer>6 \\boxed{5}</answer>"),
-        ("1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|"
-         "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5|x|0.5")),
-    "countdown": ({"numbers": "30,100,93", "target": "23"},
-        "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23",
-        "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"),
-}  # fmt: skip
-
-
-def test_as_released_is_what_the_release_counts():
-    for task, (example, *answers) in AS_RELEASED.items():
-        for right, texts in zip((1, 0), answers):
-            for text in texts.split("|"):
-                assert curve.as_released(task, example, text, None) == right, text
-    assert curve.as_released("gsm8k", {"gold": "1,234"}, "1234", None) == 1
-    blanks, example = PUZZLE.count("0"), {"puzzle": PUZZLE, "solution": GRID}
-    for text, right in (GRID, blanks), ("", 0), (f"<answer>{GRID}</answer> 1", blanks), ("4" * 16, 1), (GRID[:4], 2):
-        assert curve.as_released("sudoku", example, text, None) == pytest.approx(right / blanks), text
-    assert curve.as_released("math", {}, "", True) == 1
-
-
-# Only for puzzles that begin with a blank: with one prompt a process, some have no advantage at all, others do.
-STINGY = replace(GENEROUS, credit=lambda example, answer: (example["puzzle"] < "1") * GENEROUS.credit(example, answer))
-
-
 def test_two_processes_do_what_one_does(half_known, tmp_path, monkeypatch):
-    """The same rollouts and, as k covers every step, gradients, but for rounding; eval.py writes the same lines."""
-    monkeypatch.setitem(agrpo.TASKS, "sudoku", STINGY)
-    script, launch = tmp_path / "stingy.py", "-m torch.distributed.run --standalone --nproc_per_node 2"
-    script.write_text(f"import agrpo, {__name__} as t\nagrpo.TASKS['sudoku'] = t.STINGY\nagrpo.main()\n")
+    """The same rollouts and, as k covers every step, gradients; the same lines of eval.py."""
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", GENEROUS)
+    script, launch = tmp_path / "generous.py", "-m torch.distributed.run --standalone --nproc_per_node 2"
+    script.write_text(f"import sys, {__name__}\n{__name__}.generous_main(*sys.argv[1:])\n")
     train = f"{SHORT} {{}} --model {half_known}/base --k 2 --steps 2 --rollout_batch 4 --eval_examples 24"
     measure = f"{half_known}/run --device cpu --rollout_batch 5 --save {{}}.jsonl"  # 15 and 9 examples
     one, two = tmp_path / "one", tmp_path / "two"
@@ -1492,71 +1388,20 @@ def test_two_processes_do_what_one_does(half_known, tmp_path, monkeypatch):
     assert rows_of(tmp_path / "one.jsonl") == rows_of(tmp_path / "two.jsonl")
 
 
-def test_readme_names_what_exists(tmp_path, monkeypatch):
-    """The options of every command, the names in its table; its Python runs, with an adapter where it has a run."""
+def test_readme_names_what_exists(tmp_path):
+    """The options of its commands, the names in its table; its Python runs."""
     text = Path(agrpo.__file__).with_name("README.md").read_text(encoding="utf-8")
     bash, python = (re.findall(rf"(?ms)^```{language}\n(.*?)^```", text) for language in ("bash", "python"))
-    commands = re.findall(r"(agrpo|eval)\.py([^`#\n]*)", "\n".join([*bash, *re.findall("`python [^`]+`", text)]))
+    commands = re.findall(r"\b(agrpo|eval)\.py([^`#\n]*)", "\n".join([*bash, *re.findall("`python [^`]+`", text)]))
     for script, options in commands:
         known = agrpo.Settings if script == "agrpo" else curve.Options
         assert {*re.findall(r" --(\w+)", options)} <= {*known.__dataclass_fields__, "help"}, options
     table = re.search(r"(?s)\| in the paper \|.*?\n(.*?)\n\n", text)[1]
-    assert len(commands) >= 8 and all(hasattr(agrpo, name) for name in re.findall(r"`(\w+)(?:\.\w+)?`", table))
-    monkeypatch.chdir(tmp_path)
-    adapter_and_merged(tmp_path / "made")
+    assert python and len(commands) >= 8
+    assert all(hasattr(agrpo, name) for name in re.findall(r"`(\w+)(?:\.\w+)?`", table))
     for example in python:
-        for folder in re.findall(r"runs/[\w-]+", example):
-            shutil.copytree(tmp_path / "made" / "adapter", folder, dirs_exist_ok=True)
-        Path("example.py").write_text(example)
-        runpy.run_path("example.py")
-
-
-# ===== 9. Slow: attacks. SLOW=100000 (texts for each task) python -m pytest -q -s test_agrpo.py -k "slow or kill" =====
-
-DEBRIS = words("<answer> </answer> <reasoning> </reasoning> \\boxed{ #### 1 7 e999 ٧٢ \u2212 \u202e ½ Ⅶ \ud800")
-DEBRIS += [*"{}()+-*/= \n\0,.$", "9" * 5000, "((((" * 500, "<answer" * 500]
-
-
-def really_right(task: str, answer: str) -> bool:
-    """Whether an answer that was judged right is: other code than the judge's."""
-    if task == "sudoku":
-        return solved(PUZZLE, re.sub(r"\s", "", answer))
-    box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", answer) if answer.count("\\boxed{") == 1 else None
-    text = (box[1] if box and box[1] else answer).strip().removesuffix(".")
-    if task == "countdown":
-        left, *right = text.translate(str.maketrans("×·÷\u2212", "**/-")).replace("**", "").split("=")
-        numbers, exact = re.findall("[0-9]+", left), re.sub("([0-9]+)", r"Fraction(\1)", " ".join(left.split()))
-        allowed = not re.search(r"[^0-9+*/()\s-]|//", left) and sorted(numbers) == ["100", "30", "93"]
-        ends = [part.strip() for part in right] in ([], ["23"])
-        return allowed and ends and eval(exact, {"Fraction": Fraction}) == 23
-    if task == "math":
-        return re.sub("[^0-9./-]", "", box[1]).rstrip(".") in ("42", "842", "84/2")
-    before, number = re.fullmatch("([^0-9]*)(.*)", re.sub("m(\\^2|²)", "m", text), re.DOTALL).groups()
-    minus = re.sub(r"[^\w\u2212\u2013-]", "", before)[-1:] in ("-", "\u2212", "\u2013")
-    fraction = before.endswith(".") and not before[-2:-1].isalpha()
-    return re.sub("[^0-9.]", "", number).rstrip(".0") == "1234" and not fraction and not minus
-
-
-@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=100000 python -m pytest -s -k slow")
-@pytest.mark.parametrize("name", ANSWERS)
-def test_slow_no_text_breaks_a_reward_or_cheats_it(name):
-    """As many texts as SLOW says: no exception, none holds up a group, full marks for right answers only."""
-    if name == "math":
-        pytest.importorskip("math_verify")
-    (example, right, wrong), rng, rights, longest = ANSWERS[name], random.Random(0), Counter(), 0.0
-    piece = lambda: rng.choice([*right * 3, rng.choice(wrong), rng.choice(DEBRIS), chr(rng.randrange(0x110000))])
-    pieces = lambda most: "".join(piece() for _ in range(rng.randint(0, most)))
-    for i in range(int(os.environ["SLOW"])):
-        tagged = f"<reasoning>{pieces(2)}</reasoning>{pieces(1)}<answer>{pieces(3)}</answer>"
-        text = (pieces(4) if i % 3 == 0 else tagged) * (10**4 if i % 100 == 0 else 1)
-        began = time.perf_counter()
-        reward, is_right = TASKS[name].grade(example, text)
-        longest = max(longest, time.perf_counter() - began)
-        assert 0 <= reward <= 5 and (reward >= 3) == is_right
-        assert not is_right or really_right(name, agrpo.answer_in(text)), text
-        rights[is_right] += 1
-    print(f"{name}: {rights.total():,} texts, {rights[True]:,} right; longest {longest:.3f} s")
-    assert rights[True] > 100 and longest < 4  # seconds; math-verify has up to three
+        (tmp_path / "example.py").write_text(example)
+        runpy.run_path(tmp_path / "example.py")
 
 
 if __name__ == "__main__":
