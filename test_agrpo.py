@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from fractions import Fraction
@@ -948,6 +949,9 @@ def test_answers_and_slow_attacks(task):
     if task == "countdown":
         product = {"numbers": "[2, 3, 4]", "target": "24"}
         assert all(judge(product, f"2 {times} 3 {times} 4") for times in words("\\times × \\cdot ·"))
+    if task == "math":  # which cannot be checked in another thread, and says so
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="thread"):
+            other.submit(judge, example, right[0]).result()
     if task == "gsm8k":
         assert all(judge({"gold": "-1,234"}, minus + "$1234") for minus in ("-", "\u2013", "- "))
         assert not any(judge({"gold": "-1234"}, answer) for answer in right)
@@ -964,7 +968,7 @@ def test_answers_and_slow_attacks(task):
         assert not is_right or really_right(task, agrpo.answer_in(text)), text
         rights += is_right
     print(f"{task}: {rights:,} of {texts:,} right; longest {longest:.3f} s")
-    assert rights > texts / 100 and longest < 4  # seconds; math-verify has up to three
+    assert rights > texts / 100 and ("SLOW" not in os.environ or longest < 4)  # seconds; math-verify has up to three
 
 
 def test_rewards_by_hand():
@@ -1163,8 +1167,9 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     assert read.keys() == some.keys() and all(torch.equal(read[name], some[name]) for name in some)
     file = theirs / "adapter_config.json"
     config = json.loads(file.read_text())
-    for change, said in ({"r": 8}, "another model"), ({"use_rslora": True}, "only plain LoRA"):
+    for change, said in ({"r": 8}, "another model"), ({"use_rslora": True}, "only plain LoRA"), ({}, "only plain LoRA"):
         file.write_text(json.dumps(config | change))
+        change or (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model.bin")
         with pytest.raises(agrpo.BadInput, match=f"d1.*{said}"):
             agrpo.load_model(str(theirs))
 
