@@ -1164,7 +1164,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     if first.resume:
         file = Path(first.resume) / "settings.json"
-        if not file.is_file() or not file.read_text():
+        if not file.is_file():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
         parser.set_defaults(**saved)
@@ -1257,9 +1257,11 @@ def run_training(args: Settings) -> None:
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "settings.json").touch(exist_ok=bool(args.resume))  # ours from here on, whoever else was about to start
-        (run / "settings.part").write_text(json.dumps(asdict(args), indent=1))
-        (run / "settings.part").replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
+        part = run / f"settings.{os.getpid()}"
+        part.write_text(json.dumps(asdict(args), indent=1))
+        if not args.resume:
+            os.link(part, run / "settings.json")  # fails if another run has begun here; whole, or not there at all
+        part.replace(run / "settings.json")
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
     both = len(given) - len(examples)
     print(f"{len(examples)} examples to train on, {len(test)} to test on, {both} left out: in both")

@@ -682,15 +682,12 @@ def print_tables():
 SHORT = "--pretrain_steps 2 --max_steps 4 --prompts_per_update 2 --group_size 4 --rollout_batch 8 --eval_steps 4 "
 SHORT += "--updates_per_rollout 1 --eval_examples 8 --save_every 2 --show_every 2 --device cpu --output_dir"
 TASKS, TINY = dict(agrpo.TASKS), agrpo.load_model
+words = lambda *parts: " ".join(map(str, parts)).split()
 # Two steps of pretraining earn nothing. So odd characters pay, if the puzzle begins with a blank.
 pay = lambda example, answer: (example["puzzle"] < "1") * sum(ord(c) % 2 for c in answer) / 16
 GENEROUS = replace(TASKS["sudoku"], credit=pay)
 PATHS = os.pathsep.join(str(Path(file).resolve().parent) for file in (agrpo.__file__, __file__))
 ENVIRONMENT = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
-
-
-def words(*parts) -> list[str]:
-    return " ".join(map(str, parts)).split()
 
 
 def run(*parts, main=agrpo.main) -> str:
@@ -762,7 +759,7 @@ def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
     Path("mine/sweep.yaml").write_text("seed: 0")
     load = lambda *_: Path("mine/settings.json").write_text("{}") and TINY(*_)  # another process
     monkeypatch.setattr(agrpo, "load_model", load)
-    assert "File exists: 'mine/settings.json'" in refusal("--output_dir mine")
+    assert "-> 'mine/settings.json'" in refusal("--output_dir mine")
     assert "--resume mine" in refusal("--output_dir mine") and Path("mine/settings.json").read_text() == "{}"
 
 
