@@ -1167,12 +1167,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if not file.is_file():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
+        saved = {name: value for name, value in saved.items() if hasattr(first, name)}  # another version had others
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
     args.model = SMALL["model"] if args.model == "qwen3-0.6b" else args.model
     for name in [name for name, value in saved.items() if value != getattr(args, name)]:
+        if name in ("lora_rank", "output_dir"):
+            parser.error(f"--{name} of a run cannot be changed")
         print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
     name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
@@ -1204,8 +1207,8 @@ def start_processes(args) -> None:
 
 def check_settings(args: Settings) -> None:
     """Raise BadInput for settings that cannot work, before anything is loaded or written."""
-    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "block_length", "micro_batch", "rollout_batch")
-    for name in positive:
+    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch")
+    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")
     try:
@@ -1283,6 +1286,7 @@ def run_training(args: Settings) -> None:
     elif args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_rank)
     elif saved:
+        model = None  # there may not be room for two
         model, _, _ = load_model(str(saved[-1]), args.device)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -140,7 +140,8 @@ def vote(records: list[dict], task: str) -> bool:
 def show(tokenizer, picture, example: dict, record: dict) -> None:
     """Print an example after each step, with · for EOS. On a terminal slowly, with what is new highlighted."""
     ends, terminal = agrpo.end_tokens(tokenizer), sys.stdout.isatty()
-    texts = ["·" if token in ends else tokenizer.decode([token]) for token in record["tokens"]]
+    texts = ["" if token in ends else tokenizer.decode([token]) for token in record["tokens"]]
+    texts = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) or "·" for text in texts]
     # In the picture a character of private use stands for each position: nothing long or coloured shifts it.
     marks = [chr(0xF0000 + i) for i, when in enumerate(record["step"]) if when >= 0]
     drawn, highlight = picture(example, "".join(marks)), "\033[1;7m{}\033[0m" if terminal else "{}"

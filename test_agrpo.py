@@ -846,6 +846,7 @@ REFUSED = {
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
     "--group_size 1": "--group_size is at least 2", "--rollout_batch 0": "must be above 0",
     "--k 0": "--k must be above 0", "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
+    "--prompts_per_update 0": "must be above 0", "--updates_per_rollout 0": "must be above 0",
     "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
@@ -1187,6 +1188,7 @@ def test_a_checkpoint_trains_with_lora_on_each_task(kind, task, tmp_path, monkey
     shutil.copytree(one, two)
     shutil.rmtree(two / "checkpoint-3")
     run("--resume", two)
+    assert "--lora_rank of a run cannot be changed" in refusal("--resume", two, "--lora_rank 3")
     assert same_run(one, two) and all(line["grad_norm"] > 0 < line["kl"] for line in figures(one)[1:])
     assert json.loads((one / "settings.json").read_text())["top_k"] == 150  # the release's
     assert len(agrpo.load_file(one / "checkpoint-3" / "adapter_model.safetensors")) == 2 * 2 * 7
