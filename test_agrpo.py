@@ -909,8 +909,7 @@ def solved(puzzle: str, grid: str) -> bool:
     return kept and all("".join(sorted(line)) == "1234" for line in lines)
 
 
-def really_right(task: str, answer: str) -> bool:
-    """Whether an answer that was judged right is: other code than the judge's."""
+def really_right(task: str, answer: str) -> bool:  # whether an answer judged right is: other code than the judge's
     if task == "sudoku":
         return solved(PUZZLE, re.sub(r"\s", "", answer))
     box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", answer) if answer.count("\\boxed{") == 1 else None
@@ -1275,8 +1274,7 @@ def print_memory():
 
 
 @pytest.fixture(scope="module")
-def half_known(tmp_path_factory, short_run):
-    """A folder with 24 puzzles, a model that knows 8 of them by heart, and a run that goes on from it."""
+def half_known(tmp_path_factory, short_run):  # 24 puzzles, a model that knows 8 by heart, a run that goes on from it
     folder = tmp_path_factory.mktemp("curve")
     known = [tuple(example.values()) for example in TASKS["sudoku"].create("test", 0)[:24]]
     (folder / "puzzles.csv").write_text("\n".join(["Puzzle,Solution", *map(",".join, known)]))
