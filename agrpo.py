@@ -21,11 +21,12 @@ weighted by 1 / its probability of being drawn.
     q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
-    T, T_i     steps (the paper's m); num_steps: those that row i took            k  steps drawn per row with A_i != 0
+    T, T_i     steps (the paper's m); num_steps: those that row i took            k  steps drawn per row, on average
     L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
-    p_theta    the policy: the model's softmax at tau, after top-k and top-p; p_ref is that of the model before training
+    p_theta    the policy: the model's softmax at tau, over the ids that top-k and top-p left to choose from in sampling;
+    p_ref      the same of the model before training, over the same ids
     KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta: an estimate of KL(p_theta || p_ref)
 
 A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
@@ -37,13 +38,14 @@ unmasking the order depends on theta: then the sum is an approximation. Unbiased
 is clipped and before Adam.)
 
     over the draw of steps    for the gradient of J, always
-    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, L_i is T (the default,
-                              T_i, is the same where no row ends early), beta is 0, advantages are not scaled, and it is
-                              the first optimizer step on these rollouts (which ids top-k and top-p keep is held fixed)
+    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, beta is 0, advantages are
+                              not scaled, L_i is T (T_i, the default, is the same where no row ends early), and it is
+                              the first optimizer step on these rollouts. The ids that top-k and top-p left count as
+                              constants.
 Whose is what?
 
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
-    the official code's   top-k and top-p in the ratio; its optimizer and settings: RELEASE, in section 8
+    the official code's   top-k and top-p in the ratio; the optimizer, in `train`; the settings in RELEASE, section 8
     this file's own       steps drawn from all rows of a process as if they were one, without replacement, more where
                           |A_i| and surprise (1 - p of the tokens) are large (the official code: by entropy, with
                           replacement, spread over the batch); rho of the first optimizer step exactly 1; every sampled
@@ -89,7 +91,7 @@ class Rollout:
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
-    completion: Tensor  # (B, C) int64, EOS from where the row had ended
+    completion: Tensor  # (B, C) int64; from where the row had ended, the last of eos_id
     step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had already ended
     logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) float32, nats, summed over U_t: a metric, and its width says what T is
@@ -467,7 +469,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     count, track = args.prompts_per_update, tracker(args, len(history))
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # checkpointing works in training mode only; dropout is refused
-    order = []
+    order, written = [], None
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
     bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
@@ -522,7 +524,10 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         if rank() > 0:
             continue
         with open(run / "metrics.jsonl", "a") as file:
+            if written not in (None, file.tell()):
+                raise BadInput(f"{run}: another process has begun to train it too")
             file.write(json.dumps(metrics) + "\n")
+            written = file.tell()
         track(metrics)
         if metrics.get("eval_accuracy", 0) > max((row.get("eval_accuracy", 0) for row in history), default=0):
             save_model(model, tokenizer, run / "best")
@@ -562,6 +567,8 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
     ids, mask = (encoded[name].to(model.device).split(size) for name in ("input_ids", "attention_mask"))
     for n in range(rank(), len(ids), world_size()):
         rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
+        if key[0] == "evaluation":
+            rollouts[-1].kept = None  # no update will need it
         texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
         mine += examples[n * size : (n + 1) * size]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
@@ -881,12 +888,13 @@ TASKS = {
 # ===== 7. Models ======================================================================================================
 
 
-def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32):
+def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
 
     name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file
-    saved: a run, a checkpoint, a LoRA adapter (peft's too). LLaDA is a Llama, Dream a Qwen2, A2D (dLLM's, made from
-    autoregressive models) a Qwen3, Qwen2 or Llama, all without the causal mask: in transformers' own classes.
+    saved: a run, a checkpoint, a LoRA adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
+    LLaDA is a Llama, Dream a Qwen2, A2D (dLLM's, made from autoregressive models) a Qwen3, Qwen2 or Llama, all without
+    the causal mask: in transformers' own classes.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
@@ -894,7 +902,7 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     name = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
     if (folder / "adapter_config.json").exists():
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        model, tokenizer, mask_id = load_model(base, device, dtype)
+        model, tokenizer, mask_id = load_model(adapter_base or base, device, dtype)
         load_lora(merge_lora(model), folder)
         model.name_or_path = name
         return model, tokenizer, mask_id
@@ -947,9 +955,9 @@ LLADA_BLOCK = {  # LLaDA's name of a weight of a block: Llama's
     "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
     "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
 }  # fmt: skip
-LLADA_WEIGHTS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-LLADA_WEIGHTS |= {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for theirs, ours in LLADA_BLOCK.items()}
-LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_WEIGHTS.items()}
+LLADA_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+LLADA_NAMES |= {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for theirs, ours in LLADA_BLOCK.items()}
+LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_NAMES.items()}
 PEFT = "base_model.model."  # what peft puts before the name of each weight of an adapter
 
 
@@ -1037,7 +1045,7 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=1))
     else:
         model.save_pretrained(aside)
-        if hasattr(model, "raw_config"):  # LLaDA's weights go back under LLaDA's names, so its config must too
+        if hasattr(model, "raw_config"):  # transformers has undone the key_mapping, so the config must be LLaDA's too
             (aside / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     if optimizer:
         state = optimizer.state_dict()["state"]
@@ -1150,7 +1158,7 @@ RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how oft
     "rollout_batch": 8, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1,
     "save_every": 10,
 }  # fmt: skip
-SMALL = RELEASE | {  # for a Qwen3-0.6B that was made a masked diffusion model
+SMALL = RELEASE | {  # ours, for a Qwen3-0.6B that was made a masked diffusion model
     "model": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "answer_format": "boxed", "max_steps": 100, "k": 16,
     "completion_length": 256, "block_length": 32, "learning_rate": 2e-5, "rollout_batch": 64, "eval_steps": [256, 128],
     "eval_examples": 256, "eval_every": 25,
@@ -1289,7 +1297,7 @@ def run_training(args: Settings) -> None:
         model = None  # there may not be room for two
         model, _, _ = load_model(str(saved[-1]), args.device)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
     measure(results, "AGRPO" if args.method == "agrpo" else "diffu-GRPO", model, tokenizer, mask_id, task, test, args)
     if rank() == 0:

@@ -818,8 +818,13 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
     run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
     assert [line["update"] for line in figures(folder)] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in agrpo.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]  # the newest two
+    with mock.patch.object(agrpo, "clipped_objective", lambda logp, *_: logp * math.inf):
+        assert "update 7 is not finite" in refusal("--resume", folder, "--max_steps 7")
     monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=lambda *_: math.nan))
     assert "the reward of sudoku is nan for {'puzzle'" in refusal("--resume", folder, "--max_steps 8")
+    another = lambda *_: (folder / "metrics.jsonl").open("a").write("{}\n") / 9
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=another))
+    assert "another process has begun" in refusal("--resume", folder, "--max_steps 8")
 
 
 @pytest.mark.parametrize("how", ["--method diffu_grpo --scale_by_std true", "--beta 0.1 --report_to tensorboard"])
@@ -839,6 +844,9 @@ def test_other_methods_and_options_run_to_the_end(how, short_run, monkeypatch):
     assert any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
     assert sorted(puzzles[:3]) == sorted(puzzles[3:]) and len({*puzzles}) == 3 and puzzles[:3] != puzzles[3:]
     assert [call.args[1] for call in clip.call_args_list] == [1.0] * 12
+    shutil.rmtree(folder / "checkpoint-6")
+    run("--resume", folder)
+    assert figures(folder) == lines
 
 
 REFUSED = {
