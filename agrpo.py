@@ -104,8 +104,28 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
     Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError where padding is not on
-    the left, dropout is on, or the kind of model would be silently wrong (RoBERTa's positions, a causal mask, logits
-    that are scaled after the head). config.is_causal = False needs transformers 5.2 or newer.
+    the left, or `output_head` does.
+    """
+    head = output_head(model)
+    if attention_mask is not None:
+        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
+    # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
+    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
+    real, options = input_ids >= 0, {}
+    if not real.all():  # count positions from the first real token, so that padding changes nothing
+        if (real[:, :-1] & ~real[:, 1:]).any():
+            raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
+        options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
+    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
+    positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
+    return head(hidden[row[:, None], positions])
+
+
+def output_head(model) -> torch.nn.Module:
+    """What makes logits of hidden states. config.is_causal = False needs transformers 5.2 or newer.
+
+    Raises ValueError where a model would be silently wrong: dropout is on, a kind that counts positions otherwise
+    (RoBERTa), has a causal mask, or scales its logits after the head.
     """
     config, head = model.config, getattr(model, "lm_head", None)
     scaled = any(getattr(config, name, 0) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
@@ -117,18 +137,7 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     dropout = lambda m: m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)
     if any(m.training and dropout(m) for m in model.modules()):
         raise ValueError("dropout is on, so that no two passes agree: call model.eval(), or build the model without")
-    if attention_mask is not None:
-        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
-    # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
-    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
-    real, options = input_ids >= 0, {}
-    if not real.all():  # count positions from the first real token, so that padding changes nothing
-        if (real[:, :-1] & ~real[:, 1:]).any():
-            raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
-        options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
-    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
-    positions = positions - getattr(config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
-    return head(hidden[row[:, None], positions])
+    return head
 
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
@@ -477,9 +486,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
         batch, texts, rollout = generate(model, tokenizer, mask_id, task, chosen, args, (args.seed, "rollout", update))
-        diverged = FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
         if not rollout.logp.isfinite().all():
-            raise diverged
+            raise FloatingPointError(f"update {update + 1}: log p is not finite; lower --learning_rate")
 
         # Rewards and advantages.
         rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
@@ -509,7 +517,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                     dist.all_reduce(p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not grad_norm.isfinite():
-                raise diverged
+                raise FloatingPointError(f"update {update + 1}: no finite gradient; lower --learning_rate or --beta")
             optimizer.step()
 
         # Metrics; those of the gradient are the last optimizer step's.
@@ -982,11 +990,11 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
 
 
 class LoRALinear(torch.nn.Module):
-    """W x + (alpha / r) B A x, with W frozen and A, B in float32 (LoRA, arXiv 2106.09685)."""
+    """W x + B A x, with W frozen and A, B in float32 (LoRA, arXiv 2106.09685, with alpha = r)."""
 
-    def __init__(self, base: torch.nn.Linear, r: int, alpha: float):
+    def __init__(self, base: torch.nn.Linear, r: int):
         super().__init__()
-        self.base_layer, self.r, self.alpha = base, r, alpha
+        self.base_layer = base
         options = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
         self.lora_A = torch.nn.Linear(base.in_features, r, **options)
         self.lora_B = torch.nn.Linear(r, base.out_features, **options)
@@ -994,16 +1002,16 @@ class LoRALinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low = linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
-        return self.base_layer(x) + self.alpha / self.r * linear(low, self.lora_B.weight.to(x.dtype))
+        return self.base_layer(x) + linear(low, self.lora_B.weight.to(x.dtype))
 
 
-def add_lora(model, r: int, alpha: float, names: set[str] | None = None) -> None:
+def add_lora(model, r: int, names: set[str] | None = None) -> None:
     """Freeze a model and put LoRA on the linear layers of these names; by default on all but the output head."""
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         wanted = name in names if names else name.startswith(model.base_model_prefix + ".")
         if wanted and isinstance(layer, torch.nn.Linear):
-            model.set_submodule(name, LoRALinear(layer, r, alpha))
+            model.set_submodule(name, LoRALinear(layer, r))
 
 
 def load_lora(model, folder: Path) -> None:
@@ -1011,10 +1019,11 @@ def load_lora(model, folder: Path) -> None:
     adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
     if any(map(adapter.get, ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))) or not file.exists():
         raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read")
-    weights = {name.removeprefix(PEFT): tensor for name, tensor in load_file(file).items()}
+    scale = lambda name: adapter["lora_alpha"] / adapter["r"] if ".lora_B." in name else 1.0  # here alpha = r
+    weights = {name.removeprefix(PEFT): tensor * scale(name) for name, tensor in load_file(file).items()}
     for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
         weights = {re.sub(theirs, ours, name): tensor for name, tensor in weights.items()}
-    add_lora(model, adapter["r"], adapter["lora_alpha"], {name.split(".lora_")[0] for name in weights})
+    add_lora(model, adapter["r"], {name.split(".lora_")[0] for name in weights})
     shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items() if "lora_" in name}
     if shapes(model.state_dict()) != shapes(weights):
         raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
@@ -1025,7 +1034,7 @@ def merge_lora(model):
     """Take LoRA away, its weights added to the model's: an ordinary checkpoint again."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            layer.base_layer.weight.data += layer.alpha / layer.r * layer.lora_B.weight.data @ layer.lora_A.weight.data
+            layer.base_layer.weight.data += layer.lora_B.weight.data @ layer.lora_A.weight.data
             model.set_submodule(name, layer.base_layer)
     return model.requires_grad_(True)
 
@@ -1040,8 +1049,9 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
     if layers:
         weights = {PEFT + name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
         save_file(weights, aside / "adapter_model.safetensors")
-        layer, base = next(iter(layers.values())), {"base_model_name_or_path": model.name_or_path}
-        config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.alpha, "target_modules": sorted(layers)} | base
+        r = next(iter(layers.values())).lora_A.out_features
+        config = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": sorted(layers)}
+        config["base_model_name_or_path"] = model.name_or_path
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=1))
     else:
         model.save_pretrained(aside)
@@ -1292,7 +1302,7 @@ def run_training(args: Settings) -> None:
     if args.lora_rank and saved:
         load_lora(model, saved[-1])
     elif args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_rank)
+        add_lora(model, args.lora_rank)
     elif saved:
         model = None  # there may not be room for two
         model, _, _ = load_model(str(saved[-1]), args.device)

@@ -814,12 +814,12 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
     printed = run("--resume", folder, "--micro_batch 2")
     assert "--micro_batch was 256, is 2 from here on\n" in printed and printed.count(" was ") == 1
     said = refusal("--resume", folder, "--max_steps 8 --save_every 4 --learning_rate 1e30")
-    assert "update 6 is not finite; lower --learning_rate" in said and how in said
+    assert "update 6: log p is not finite; lower --learning_rate" in said and how in said
     run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
     assert [line["update"] for line in figures(folder)] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in agrpo.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]  # the newest two
     with mock.patch.object(agrpo, "clipped_objective", lambda logp, *_: logp * math.inf):
-        assert "update 7 is not finite" in refusal("--resume", folder, "--max_steps 7")
+        assert "update 7: no finite gradient" in refusal("--resume", folder, "--max_steps 7")
     monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=lambda *_: math.nan))
     assert "the reward of sudoku is nan for {'puzzle'" in refusal("--resume", folder, "--max_steps 8")
     another = lambda *_: (folder / "metrics.jsonl").open("a").write("{}\n") / 9
@@ -1132,7 +1132,7 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     """An adapter loads as it was, or merged; a new one goes on top. peft's and d1's are read too."""
     checkpoint(tmp_path / "llada")
     base, (model, tokenizer, _) = (agrpo.load_model(str(tmp_path / "llada")) for _ in range(2))
-    agrpo.add_lora(model, r=4, alpha=8.0)
+    agrpo.add_lora(model, r=4)
     assert torch.equal(model(IDS).logits, base[0](IDS).logits)  # at first
     torch.manual_seed(0)
     for layer in [layer for layer in model.modules() if isinstance(layer, agrpo.LoRALinear)]:
@@ -1234,7 +1234,7 @@ def peak_memory(config, args, length: int = 256, fake: bool = True) -> list[floa
     with Living() as living, one_step, numbers:
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(config).train(args.gradient_checkpointing)
-            agrpo.add_lora(model, args.lora_rank, args.lora_rank)
+            agrpo.add_lora(model, args.lora_rank)
         args.gradient_checkpointing and model.activation_checkpointing_enable()
         adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)  # as on GPUs
         prompt = torch.randint(2, 99, (args.rollout_batch, length))
