@@ -500,11 +500,11 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         rng = seeded_generator("cpu", args.seed, "timesteps", update, rank())
         proposal, scored, length_norm = defensive_proposal(rollout), rollout, args.length_norm
         if args.method == "diffu_grpo":
-            once, length_norm = args.updates_per_rollout == 1, "constant"
+            once, length_norm = args.optimizer_steps == 1, "constant"
             scored = one_step_view(model, rollout, on_policy=once, generator=rng, **policy)
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
-        for i in range(args.updates_per_rollout):
+        for i in range(args.optimizer_steps):
             optimizer.zero_grad()
             metrics = policy_gradient(
                 model, scored, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=length_norm,
@@ -1127,7 +1127,7 @@ class Settings:
     k: int = option(1, "steps drawn per completion, on average")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation")
-    updates_per_rollout: int = option(2, "optimizer steps in an update, on the same rollouts")
+    optimizer_steps: int = option(2, "optimizer steps in an update, on the same rollouts")
     eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
     beta: float = option(0.0, "weight of the KL to the model before training")
@@ -1164,7 +1164,7 @@ class Settings:
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "updates_per_rollout": 1, "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8,
+    "optimizer_steps": 1, "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8,
     "rollout_batch": 8, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1,
     "save_every": 10,
 }  # fmt: skip
@@ -1225,7 +1225,7 @@ def start_processes(args) -> None:
 
 def check_settings(args: Settings) -> None:
     """Raise BadInput for settings that cannot work, before anything is loaded or written."""
-    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "updates_per_rollout", "micro_batch")
+    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "micro_batch")
     for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")

@@ -679,7 +679,7 @@ def print_tables():
 # ===== 5. The command line, end to end ================================================================================
 
 SHORT = "--pretrain_steps 2 --max_steps 4 --prompts_per_update 2 --group_size 4 --rollout_batch 8 --eval_steps 4 "
-SHORT += "--updates_per_rollout 1 --eval_examples 8 --save_every 2 --show_every 2 --device cpu --output_dir"
+SHORT += "--optimizer_steps 1 --eval_examples 8 --save_every 2 --show_every 2 --device cpu --output_dir"
 TASKS, TINY = dict(agrpo.TASKS), agrpo.load_model
 words = lambda *parts: " ".join(map(str, parts)).split()
 # Two steps of pretraining earn nothing. So odd characters pay, if the puzzle begins with a blank.
@@ -835,7 +835,7 @@ def test_other_methods_and_options_run_to_the_end(how, short_run, monkeypatch):
     monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few, picture=lambda e, _: f"<{e['puzzle']}>"))
     folder = short_run.parent / re.sub(r"\W+", "", how)
     how += f" --model {short_run}/base --max_steps 6 --prompts_per_update 1 --rollout_batch 4 --show_every 1 --k 2 "
-    how += "--updates_per_rollout 2 --unmasking low_confidence --top_k 20 --top_p 0.9 --length_norm constant "
+    how += "--optimizer_steps 2 --unmasking low_confidence --top_k 20 --top_p 0.9 --length_norm constant "
     with mock.patch.object(torch.nn.utils, "clip_grad_norm_", wraps=torch.nn.utils.clip_grad_norm_) as clip:
         printed = run(SHORT, folder, how, "--learning_rate 1e-2 --warmup_steps 0")
     lines, puzzles = figures(folder), re.findall("<([0-4]{16})>", printed)
@@ -854,7 +854,7 @@ REFUSED = {
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
     "--group_size 1": "--group_size is at least 2", "--rollout_batch 0": "must be above 0",
     "--k 0": "--k must be above 0", "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
-    "--prompts_per_update 0": "must be above 0", "--updates_per_rollout 0": "must be above 0",
+    "--prompts_per_update 0": "must be above 0", "--optimizer_steps 0": "must be above 0",
     "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
