@@ -82,6 +82,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
+# Of all these, sections 1 to 4 need math, dataclass, torch and Tensor. Section 2 builds on 1, and 4 on 1, 2 and 3.
+
 # ===== 1. Sampler.  pi(trajectory | q) = prod_t [ Pr(U_t | s_t) prod_{j in U_t} p_theta(o_j | q, s_t) ] ===============
 
 
@@ -103,8 +105,8 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     """Logits at the given positions only: the head never sees the rest of the sequence.
 
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
-    Dream in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError where padding is not on
-    the left, or `output_head` does.
+    Dream (config.logits_shift = 1) in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError
+    where padding is not on the left, or `output_head` does.
     """
     head = output_head(model)
     if attention_mask is not None:
@@ -121,19 +123,22 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     return head(hidden[row[:, None], positions])
 
 
-def output_head(model) -> torch.nn.Module:
-    """What makes logits of hidden states. config.is_causal = False needs transformers 5.2 or newer.
+KINDS = {"BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
-    Raises ValueError where a model would be silently wrong: dropout is on, a kind that counts positions otherwise
-    (RoBERTa), has a causal mask, or scales its logits after the head.
+
+def output_head(model) -> torch.nn.Module:
+    """What makes logits of hidden states: `cls` of a BERT, `lm_head` of a Llama, Qwen2 or Qwen3 with config.is_causal =
+    False, which needs transformers 5.2 or newer. A class of your own needs the like, a config and a base_model.
+
+    Raises ValueError for other classes of libraries, as some would be silently wrong (RoBERTa counts positions
+    otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap), and where dropout is on.
     """
-    config, head = model.config, getattr(model, "lm_head", None)
-    scaled = any(getattr(config, name, 0) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    like_llama = isinstance(head, torch.nn.Linear) and not getattr(config, "is_causal", True) and not scaled
-    if hasattr(model, "cls") and not getattr(config, "is_decoder", False):
-        head = model.cls  # like BERT's
-    elif not like_llama:
-        raise ValueError(f"{type(model).__name__} is neither like BERT, nor like a Llama with config.is_causal = False")
+    kind, head = type(model), getattr(model, "cls", None) or getattr(model, "lm_head", None)
+    foreign = kind.__module__.split(".")[0] in ("transformers", "peft", "torch")
+    known = not foreign or KINDS & {parent.__name__ for parent in kind.__mro__}
+    causal = ("is_decoder", False) if hasattr(model, "cls") else ("is_causal", True)
+    if not known or head is None or getattr(model.config, *causal):
+        raise ValueError(f"{kind.__name__} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
     dropout = lambda m: m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)
     if any(m.training and dropout(m) for m in model.modules()):
         raise ValueError("dropout is on, so that no two passes agree: call model.eval(), or build the model without")
@@ -202,12 +207,14 @@ def sample(
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi - const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others (of low
                                   confidence) are masked again.
-    temperature 0 is greedy. A row has ended when its whole block is EOS: it leaves the batch and takes no further steps
-    (with eos_id None, never). eos_id may be a list: a block of any of them ends the row, the last fills the rest.
-    mask_id is never sampled. Raises ValueError for settings that do not fit together.
+    temperature 0 is greedy, with nothing to learn from. A row has ended when its whole block is EOS: it leaves the
+    batch and takes no further steps (with eos_id None, never). eos_id may be a list: a block of any of them ends the
+    row, the last fills the rest. mask_id is never sampled. Raises ValueError for settings that do not fit together.
     """
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
+    if not temperature >= 0 or not prompt_mask.any(1).all():
+        raise ValueError("temperature must not be negative, and prompt_mask is True on at least a token of each prompt")
     per_step = tokens_per_step(completion_length, block_length, steps)
     if temperature == 0:
         temperature, top_k = 1.0, 1  # greedy is a choice from one
@@ -391,12 +398,12 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
 
     rewards (B,), groups side by side; returns (B,). Each reward is part of its own baseline, which scales the expected
     gradient by 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
-    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where group_size does not divide B.
+    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where the rewards do not split into groups.
     """
     rewards = torch.as_tensor(rewards)
-    if len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
-    groups = at_least_float32(rewards).view(-1, group_size)  # (B / G, G)
+    if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
+        raise ValueError(f"rewards {tuple(rewards.shape)} do not split into groups of {group_size}; 2 is the least")
+    groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)  # (B / G, G)
     advantage = groups - groups.mean(1, keepdim=True)
     equal = (groups == groups[:, :1]).all(1, keepdim=True)
     advantage = advantage.masked_fill(equal, 0)  # exactly 0, whatever rounding made of the mean
@@ -424,19 +431,20 @@ def policy_gradient(
 ) -> dict[str, float]:  # fmt: skip
     """Add to .grad the gradient of -J (see the top of this file), estimated from the pairs of `draw_pairs`.
 
-    advantage (B,). on_policy: the model is still the one that sampled; rho = exp(logp - logp.detach()) is 1, with the
-    gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model: the reference, for beta > 0.
-    proposal and generator (on the CPU) as in `draw_timesteps`; temperature as in sampling. At most micro_batch (row,
-    step) pairs are in memory at once. Returns loss, an estimate of -J (near 0 on policy, whatever is learned), and
-    clip_ratio and kl, plain means over the tokens evaluated. Train weights in float32: Adam's small steps vanish in
-    bfloat16. Raises ValueError for another length_norm, beta > 0 without ref_model, advantages that are not B numbers.
+    advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
+    logp.detach()) is 1, with the gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model:
+    the reference, for beta > 0. proposal and generator (on the CPU) as in `draw_timesteps`; temperature as in sampling.
+    At most micro_batch (row, step) pairs are in memory at once. Returns loss, an estimate of -J (near 0 on policy,
+    whatever is learned), and clip_ratio and kl, plain means over the tokens evaluated: to watch, not unbiased. Train
+    weights in float32: Adam's small steps vanish in bfloat16. Raises ValueError for another length_norm, beta > 0
+    without a ref_model of its own, advantages that are not B finite numbers.
     """
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
-    if beta > 0 and ref_model is None:
-        raise ValueError("beta > 0 needs ref_model, the reference of the KL")
+    if beta > 0 and ref_model in (None, model):
+        raise ValueError("beta > 0 needs ref_model, a copy of the model as it was before training")
     B, T = rollout.entropy.shape
-    advantage = torch.as_tensor(advantage).to(rollout.logp)
+    advantage = torch.as_tensor(advantage).detach().to(rollout.logp)
     if advantage.shape != (B,) or not advantage.isfinite().all():
         raise ValueError(f"advantage must be {B} finite numbers, one for each row")
     length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i

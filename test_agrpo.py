@@ -79,17 +79,14 @@ PLAIN |= {"mask_id": MASK, "eos_id": EOS, "top_k": 0, "top_p": 1.0}
 LOW = PLAIN | {"unmasking": "low_confidence"}
 BLOCKS = PLAIN | {"completion_length": 4, "block_length": 2, "steps": 4}
 SETTINGS = {
-    "plain": PLAIN,
-    "top-k, top-p": PLAIN | {"temperature": 1.5, "top_k": 2, "top_p": 0.7, "steps": 2},
-    "blocks": BLOCKS,
-    "blocks, top-p": BLOCKS | {"temperature": 1.3, "top_p": 0.9},
+    "plain": PLAIN, "top-k, top-p": PLAIN | {"temperature": 1.5, "top_k": 2, "top_p": 0.7, "steps": 2},
+    "blocks": BLOCKS, "blocks, top-p": BLOCKS | {"temperature": 1.3, "top_p": 0.9},
     "blocks, no EOS": BLOCKS | {"eos_id": None},
     "blocks, two EOS": BLOCKS | {"eos_id": [Y, EOS], "steps": 2, "temperature": 0.8},
-    "low confidence": LOW,
-    "low confidence, greedy": LOW | {"temperature": 0.0},
+    "low confidence": LOW, "low confidence, greedy": LOW | {"temperature": 0.0},
     "low confidence, top-p": LOW | {"temperature": 4.0, "top_p": 0.9, "steps": 2},
     "four tokens": BLOCKS | {"block_length": 4},
-}
+}  # fmt: skip
 TESTED = [*SETTINGS][:-1]
 
 
@@ -259,9 +256,9 @@ def test_what_would_be_wrong_is_refused():
     model, two, prompt = mask_predictor(), torch.tensor([2]), torch.tensor([[*PROMPT, MASK]])
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, is_causal=False))
-    causal, scaled, decoder, dropout = (mask_predictor(dream=dream) for dream in (True, True, False, False))
+    stablelm = transformers.StableLmForCausalLM(transformers.StableLmConfig(**shape, is_causal=False))
+    causal, decoder, dropout = (mask_predictor(dream=dream) for dream in (True, False, False))
     del causal.config.is_causal
-    scaled.config.final_logit_softcapping = 30.0
     decoder.config.is_decoder = True
     dropout.config.hidden_dropout_prob = dropout.config.attention_probs_dropout_prob = 0.0  # too late
     wide, rollout = torch.nn.functional.pad(prompt, (0, 9), value=MASK), write(model, prompt, **PLAIN)
@@ -273,14 +270,15 @@ def test_what_would_be_wrong_is_refused():
         *(("must be a multiple", partial(agrpo.tokens_per_step, *wrong)) for wrong in [(12, 4, 4), (4, 2, 6)]),
         *(("positive", partial(draw_timesteps, two, 1, proposal)) for proposal in proposals),
         *(("whole and at least 1", partial(draw_timesteps, two, k)) for k in (0, 1.5)),
-        ("groups of 4", partial(group_advantages, torch.ones(6), 4)),
+        *(("not split", partial(group_advantages, torch.ones(shape), G)) for shape, G in ((6, 4), ((2, 4), 4), (4, 1))),
         *(("padded on the left", partial(write, model, x, prompt_mask=x != MASK, **PLAIN)) for x in (prompt, wide)),
-        *(("is neither like", partial(agrpo.logits_at, m, prompt, None, prompt)) for m in (roberta, causal)),
-        *(("is neither like", partial(agrpo.logits_at, m, prompt, None, prompt)) for m in (scaled, decoder)),
+        *(("is neither a", partial(write, model, prompt, **PLAIN)) for model in (roberta, stablelm, causal, decoder)),
         ("dropout is on", partial(write, dropout.train(), prompt, **PLAIN)),
         ("unmasking is", partial(write, model, prompt, **PLAIN | {"unmasking": "left_to_right"})),
+        ("not be negative", partial(write, model, prompt, **PLAIN | {"temperature": -1.0})),
+        ("True on at least a token", partial(write, model, prompt, prompt_mask=prompt < 0, **PLAIN)),
         ("length_norm is", partial(gradient, length_norm="seqence")),
-        ("needs ref_model", partial(gradient, beta=0.1)),
+        *(("needs ref_model", partial(gradient, beta=0.1, ref_model=ref)) for ref in (None, model)),
         *(("1 finite numbers", partial(agrpo.policy_gradient, model, rollout, A, **one)) for A in ([math.nan], [1, 2])),
         ("method is one of", partial(agrpo.Settings, method="grpo")),
         ("validation", partial(TASKS["sudoku"].examples, "validation", agrpo.Settings())),
@@ -820,11 +818,10 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
     assert [path.name for path in agrpo.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]  # the newest two
     with mock.patch.object(agrpo, "clipped_objective", lambda logp, *_: logp * math.inf):
         assert "update 7: no finite gradient" in refusal("--resume", folder, "--max_steps 7")
-    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=lambda *_: math.nan))
-    assert "the reward of sudoku is nan for {'puzzle'" in refusal("--resume", folder, "--max_steps 8")
-    another = lambda *_: (folder / "metrics.jsonl").open("a").write("{}\n") / 9
-    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=another))
-    assert "another process has begun" in refusal("--resume", folder, "--max_steps 8")
+    nan, another = lambda *_: math.nan, lambda *_: (folder / "metrics.jsonl").open("a").write("{}\n") / 9
+    for credit, said in (nan, "the reward of sudoku is nan for {'puzzle'"), (another, "another process has begun"):
+        monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, credit=credit))
+        assert said in refusal("--resume", folder, "--max_steps 8")
 
 
 @pytest.mark.parametrize("how", ["--method diffu_grpo --scale_by_std true", "--beta 0.1 --report_to tensorboard"])
@@ -1152,16 +1149,15 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     texts = [row["completion"] for row in rows_of(tmp_path / "all")]
     assert texts[:4] == texts[4:] and len(texts) == 8
 
-    weights = agrpo.load_file(adapter / "adapter_model.safetensors")
-    some = {name: tensor for name, tensor in weights.items() if re.search("[qkv]_proj", name)}
+    some = agrpo.load_file(adapter / "adapter_model.safetensors")
+    some = {name: tensor for name, tensor in some.items() if re.search("[qkv]_proj", name)}
     rename = lambda name: name.replace(".layers.", ".transformer.blocks.").replace("self_attn.", "")
     theirs = shutil.copytree(adapter, tmp_path / "d1")
     agrpo.save_file({rename(name): some[name] for name in some}, theirs / "adapter_model.safetensors")
     read = agrpo.load_model(str(theirs))[0].state_dict()
     read = {agrpo.PEFT + name: tensor for name, tensor in read.items() if "lora_" in name}
     assert read.keys() == some.keys() and all(torch.equal(read[name], some[name]) for name in some)
-    file = theirs / "adapter_config.json"
-    config = json.loads(file.read_text())
+    config = json.loads((file := theirs / "adapter_config.json").read_text())
     for change, said in ({"r": 8}, "another model"), ({"use_rslora": True}, "only plain LoRA"), ({}, "only plain LoRA"):
         file.write_text(json.dumps(config | change))
         change or (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model.bin")
@@ -1171,8 +1167,8 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     peft = pytest.importorskip("peft")
     read = peft.PeftModel.from_pretrained(agrpo.load_model(str(tmp_path / "llada"))[0], str(adapter))
     torch.testing.assert_close(read.eval()(IDS).logits, logits)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    made = peft.get_peft_model(base[0], config)
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    made = peft.get_peft_model(base[0], peft.LoraConfig(**config))
     made.save_pretrained(tmp_path / "peft")
     torch.testing.assert_close(logits_of(tmp_path / "peft"), made.eval()(IDS).logits)
 
