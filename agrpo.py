@@ -38,10 +38,9 @@ unmasking the order depends on theta: then the sum is an approximation. Unbiased
 is clipped and before Adam.)
 
     over the draw of steps    for the gradient of J, always
-    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if unmasking is random, beta is 0, advantages are
-                              not scaled, L_i is T (T_i, the default, is the same where no row ends early), and it is
-                              the first optimizer step on these rollouts. The ids that top-k and top-p left count as
-                              constants.
+    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if all of this holds: unmasking is random; beta is
+                              0; advantages are not scaled; L_i is T, or T_i (the default) and no row ends early; it is
+                              the first optimizer step on these rollouts; the ids left by top-k and top-p do not change
 Whose is what?
 
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
@@ -136,8 +135,9 @@ def output_head(model) -> torch.nn.Module:
     kind, head = type(model), getattr(model, "cls", None) or getattr(model, "lm_head", None)
     foreign = kind.__module__.split(".")[0] in ("transformers", "peft", "torch")
     known = not foreign or KINDS & {parent.__name__ for parent in kind.__mro__}
-    causal = ("is_decoder", False) if hasattr(model, "cls") else ("is_causal", True)
-    if not known or head is None or getattr(model.config, *causal):
+    config = model.config
+    causal = getattr(config, "is_decoder", False) if hasattr(model, "cls") else getattr(config, "is_causal", True)
+    if not known or head is None or causal:
         raise ValueError(f"{kind.__name__} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
     dropout = lambda m: m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)
     if any(m.training and dropout(m) for m in model.modules()):
