@@ -25,7 +25,7 @@ weighted by 1 / its probability of being drawn.
     L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
-    p_theta    the policy: the model's softmax at tau, over the ids that top-k and top-p left to choose from in sampling;
+    p_theta    the policy: the model's softmax at tau, over the ids that top-k and top-p left to choose from in sampling
     p_ref      the same of the model before training, over the same ids
     KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta: an estimate of KL(p_theta || p_ref)
 
@@ -398,7 +398,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
 
     rewards (B,), groups side by side; returns (B,). Each reward is part of its own baseline, which scales the expected
     gradient by 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
-    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where the rewards do not split into groups.
+    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where rewards do not make whole groups.
     """
     rewards = torch.as_tensor(rewards)
     if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
@@ -549,7 +549,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            bar.write("Nothing to learn from: equal rewards in each group. Tags may be too hard: --answer_format boxed")
+            bar.write("Nothing to learn from: equal rewards in each group. Tags too hard? --answer_format boxed (gsm8k)")
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
