@@ -398,7 +398,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
 
     rewards (B,), groups side by side; returns (B,). Each reward is part of its own baseline, which scales the expected
     gradient by 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
-    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where rewards do not make whole groups.
+    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where rewards make no whole groups.
     """
     rewards = torch.as_tensor(rewards)
     if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
@@ -549,7 +549,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            bar.write("Nothing to learn from: equal rewards in each group. Tags too hard? --answer_format boxed (gsm8k)")
+            bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
