@@ -184,9 +184,8 @@ def passes_seen(model):
 # ===== 2. The sampler draws from the process that it says it draws from, and looks only where it must =================
 
 
-def write(model, prompt: Tensor, seed: int = 0, prompt_mask=None, **sampling) -> Rollout:
-    real = prompt > -1 if prompt_mask is None else prompt_mask
-    return sample(model, prompt, real, generator=seeded(seed), **sampling)
+def write(model, prompt: Tensor, seed: int = 0, **sampling) -> Rollout:
+    return sample(model, prompt, generator=seeded(seed), **{"prompt_mask": prompt > -1} | sampling)
 
 
 @pytest.mark.parametrize("name", TESTED)
