@@ -483,6 +483,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
     history = load_training_state(run, optimizer)
+    if history:
+        print(f"going on after update {len(history)} of {args.max_steps}")
     count, track = args.prompts_per_update, tracker(args, len(history))
     policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
     model.train(args.gradient_checkpointing)  # checkpointing works in training mode only; dropout is refused
@@ -981,7 +983,7 @@ def find_checkpoint(name: str, *weights: str) -> Path:
     """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
     folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights]))
     if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint")
+        raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint, or not yet")
     return folder
 
 
@@ -989,6 +991,8 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
+    if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        raise BadInput(f"{name}: no such file")
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
@@ -1198,9 +1202,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
-    args.model = SMALL["model"] if args.model == "qwen3-0.6b" else args.model
+    absolute = lambda name: str(Path(name).resolve()) if name not in (None, "tiny") and Path(name).exists() else name
+    args.model, args.data = absolute(SMALL["model"] if args.model == "qwen3-0.6b" else args.model), absolute(args.data)
     for name in [name for name, value in saved.items() if value != getattr(args, name)]:
-        if name in ("lora_rank", "output_dir"):
+        if name in ("lora_rank", "method", "output_dir"):
             parser.error(f"--{name} of a run cannot be changed")
         print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
     name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
@@ -1243,13 +1248,17 @@ def check_settings(args: Settings) -> None:
         torch.zeros(1, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         raise BadInput(str(error)) from None
-    n, batch, rows = world_size(), args.rollout_batch, args.prompts_per_update * args.group_size
-    if args.group_size < 2 or n > 1 and (batch % args.group_size or rows % (n * batch)):
-        raise BadInput("--group_size is at least 2; processes share an update by whole --rollout_batch of whole groups")
+    n, rows = world_size(), args.prompts_per_update * args.group_size
+    batch = args.rollout_batch = min(args.rollout_batch, rows // n) if n > 1 else args.rollout_batch
+    if args.group_size < 2:
+        raise BadInput("--group_size must be at least 2")
+    if n > 1 and (batch % args.group_size or rows % (n * batch)):
+        raise BadInput(f"--rollout_batch must divide {rows} / {n}, a process's completions, and hold whole groups")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        raise BadInput(f"--report_to {args.report_to} needs pip install {args.report_to}")
+    for package in {args.report_to, "math_verify" if args.task == "math" else "none"} - {"none"}:
+        if not importlib.util.find_spec(package):
+            raise BadInput(f"--task {args.task} or --report_to needs pip install {package.replace('_', '-')}")
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
@@ -1286,14 +1295,13 @@ def run_training(args: Settings) -> None:
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        part = run / f"settings.{os.getpid()}"
-        part.write_text(json.dumps(asdict(args), indent=1))
-        if not args.resume:
-            os.link(part, run / "settings.json")  # fails if another run has begun here; whole, or not there at all
+        part = run / ("part-settings.json" if args.resume else "settings.json")
+        with open(part, "w" if args.resume else "x") as file:  # "x" fails if another run has begun here
+            file.write(json.dumps(asdict(args), indent=1))
         part.replace(run / "settings.json")
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
     both = len(given) - len(examples)
-    print(f"{len(examples)} examples to train on, {len(test)} to test on, {both} left out: in both")
+    print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} of both are not trained on")
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
             pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]
@@ -1333,7 +1341,7 @@ def main(argv: list[str] | None = None) -> None:
         what = (str(error) or "stopped").splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
             what = "out of memory: lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
-        go_on = f"; to go on: --resume {args.output_dir}" if checkpoints(Path(args.output_dir)) else ""
+        go_on = f"; to go on: --resume {args.output_dir}" * (Path(args.output_dir) / "settings.json").exists()
         sys.exit(f"agrpo.py: {what}{go_on}")
     finally:
         if dist.is_initialized():

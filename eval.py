@@ -154,7 +154,7 @@ def show(tokenizer, picture, example: dict, record: dict) -> None:
             seen[ord(mark)] = "░" if when > t else highlight.format(text) if when == t else text
         print(f"\n  step {t + 1} of {record['passes']}\n{drawn.translate(seen)}", flush=True)
         time.sleep(min(0.5, 5 / record["passes"]) * terminal)
-    print(f"\n  {'right' if record['correct'] else 'wrong'}; answer: {record['answer']}")
+    print(f"\n  {'right' if record['correct'] else 'wrong'}; its answer: {record['answer']}")
 
 
 def print_table(title: str, results: dict[str, dict]) -> None:
@@ -162,7 +162,8 @@ def print_table(title: str, results: dict[str, dict]) -> None:
     rows = [["steps", "model", *next(iter(results["trained"].values()))]]
     rows += [[n, name, *map(text, results[name][n].values())] for n in results["trained"] for name in results]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    notes = "tokens/pass: unmasked by a forward pass; length: tokens before EOS; seconds: for each example once"
+    notes = "as released: what the official release counts (README). tokens/pass: unmasked by a forward pass.\n"
+    notes += "length: tokens before EOS. seconds: for each example once"
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     print("", title, "", *lines, "", notes, sep="\n")
 
@@ -203,6 +204,8 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise agrpo.BadInput("--samples and --seeds need a --temperature above 0")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise agrpo.BadInput("--plot needs pip install matplotlib")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise agrpo.BadInput(f"--plot is a .png, .pdf or .svg file, not {args.plot}")
     settings = {name: getattr(args, name) for name in SHARED} | {"temperature": args.temperature or 1.0}
     settings |= {"model": args.checkpoint, "steps": args.steps[0], "eval_steps": args.steps}
     agrpo.check_settings(Settings(**settings))
@@ -230,8 +233,8 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.output).write_text(json.dumps(found | {"examples": len(test), "results": results}, indent=1))
         if args.plot and rank() == 0:
             plot(results, title, args.plot, run_of(args.checkpoint) / "metrics.jsonl")
-    except (agrpo.BadInput, OSError) as error:
-        sys.exit(f"eval.py: {str(error).splitlines()[0]}")
+    except (agrpo.BadInput, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit(f"eval.py: {(str(error) or 'stopped').splitlines()[0]}")
     finally:
         for file in [file for file in claimed if not file.stat().st_size]:
             file.unlink()
