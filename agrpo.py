@@ -1301,7 +1301,7 @@ def run_training(args: Settings) -> None:
         part.replace(run / "settings.json")
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
     both = len(given) - len(examples)
-    print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} of both are not trained on")
+    print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} were both: not trained on")
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
             pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]

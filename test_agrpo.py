@@ -1182,7 +1182,7 @@ def test_a_checkpoint_trains_with_lora_on_each_task(kind, task, tmp_path, monkey
     where = f"--task {task} --model {tmp_path}/it --data {tmp_path} --answer_format boxed --output_dir"
     one, two = (tmp_path / name for name in ("one", "two"))
     more = "--max_steps 3 --save_every 2 --gradient_checkpointing true --beta 0.1 --learning_rate 1e-3"
-    assert "4 examples to train on, 2 to test on; 1 of both" in run(LLADA_RUN, where, one, more)
+    assert "4 examples to train on, 2 to test on; 1 were both" in run(LLADA_RUN, where, one, more)
     shutil.copytree(one, two)
     shutil.rmtree(two / "checkpoint-3")
     run("--resume", two)
