@@ -570,10 +570,11 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             print(f"  {run}/best is update {best['update']}, with accuracy {best['eval_accuracy']:.3f} in evaluation")
 
 
-def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
+def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key, keep=True, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from key: completions do not depend on the number of processes. Texts
-    end before the first end token; what was sampled after it is trained on, not rewarded. changes override args."""
+    Each --rollout_batch has its own generator, from the tuple key: completions do not depend on how many processes are
+    at work. Texts end before the first end token; what was sampled after it is trained on, not rewarded. keep=False leaves
+    Rollout.kept out, where no update will follow. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, size = end_tokens(tokenizer), args.rollout_batch
     sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
@@ -585,8 +586,7 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
     ids, mask = (encoded[name].to(model.device).split(size) for name in ("input_ids", "attention_mask"))
     for n in range(rank(), len(ids), world_size()):
         rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
-        if key[0] == "evaluation":
-            rollouts[-1].kept = None  # no update will need it
+        rollouts[-1].kept = rollouts[-1].kept if keep else None
         texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
         mine += examples[n * size : (n + 1) * size]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
@@ -596,7 +596,8 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
 def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
     changes = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
-    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **changes)
+    changes |= {"steps": steps, "keep": False}
+    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), **changes)
     right = sum(right for _, right in map(task.grade, mine, texts))
     return mean_over_ranks({"right": right})["right"] * world_size() / len(test)
 
@@ -841,7 +842,7 @@ def boxed(text: str) -> str | None:
     return found[0] if len(found) == text.count("\\boxed{") == 1 else None
 
 
-SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐‑‒–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
+SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐-–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
 NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
 ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
 
@@ -1194,7 +1195,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     if first.resume:
         file = Path(first.resume) / "settings.json"
-        if not file.is_file():
+        if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
         saved = {name: value for name, value in saved.items() if hasattr(first, name)}  # another version had others
@@ -1237,7 +1238,8 @@ def start_processes(args) -> None:
 
 
 def check_settings(args: Settings) -> None:
-    """Raise BadInput for settings that cannot work, before anything is loaded or written."""
+    """Raise BadInput for settings that cannot work, before anything is loaded or written. Under torchrun rollout_batch
+    is lowered to a process's share of an update."""
     positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "micro_batch")
     for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
         if not getattr(args, name) > 0:
@@ -1248,16 +1250,17 @@ def check_settings(args: Settings) -> None:
         torch.zeros(1, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         raise BadInput(str(error)) from None
-    n, rows = world_size(), args.prompts_per_update * args.group_size
-    batch = args.rollout_batch = min(args.rollout_batch, rows // n) if n > 1 else args.rollout_batch
     if args.group_size < 2:
         raise BadInput("--group_size must be at least 2")
-    if n > 1 and (batch % args.group_size or rows % (n * batch)):
-        raise BadInput(f"--rollout_batch must divide {rows} / {n}, a process's completions, and hold whole groups")
+    n, rows = world_size(), args.prompts_per_update * args.group_size
+    if n > 1:
+        batch = args.rollout_batch = min(args.rollout_batch, max(1, rows // n))
+        if batch % args.group_size or rows % (n * batch):
+            raise BadInput(f"--rollout_batch must divide {rows} / {n}, a process's completions, and hold whole groups")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
-    for package in {args.report_to, "math_verify" if args.task == "math" else "none"} - {"none"}:
-        if not importlib.util.find_spec(package):
+    for package, used in (args.report_to, args.report_to != "none"), ("math_verify", args.task == "math"):
+        if used and not importlib.util.find_spec(package):
             raise BadInput(f"--task {args.task} or --report_to needs pip install {package.replace('_', '-')}")
 
 
@@ -1295,10 +1298,10 @@ def run_training(args: Settings) -> None:
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        part = run / ("part-settings.json" if args.resume else "settings.json")
-        with open(part, "w" if args.resume else "x") as file:  # "x" fails if another run has begun here
-            file.write(json.dumps(asdict(args), indent=1))
-        part.replace(run / "settings.json")
+        file, part = run / "settings.json", run / "part-settings.json"
+        file.touch(exist_ok=bool(args.resume))  # fails if another run has begun here; from now on it is ours
+        part.write_text(json.dumps(asdict(args), indent=1))
+        part.replace(file)  # all of it or nothing, whenever the process is killed
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
     both = len(given) - len(examples)
     print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} were both: not trained on")
