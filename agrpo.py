@@ -572,7 +572,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key, keep=True, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from the tuple key: completions do not depend on the number of processes.
+    Each --rollout_batch has its own generator, from the tuple key: texts do not depend on the number of processes.
     Texts end before the first end token; what was sampled after it is trained on, not rewarded. keep=False leaves out
     Rollout.kept, where no update will follow. changes override args."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
