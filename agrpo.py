@@ -26,30 +26,25 @@ weighted by 1 / its probability of being drawn.
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
     p_theta    the policy: the model's softmax at tau, over the ids that top-k and top-p left to choose from in sampling
-    p_ref      the same of the model before training, over the same ids
-    KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta: an estimate of KL(p_theta || p_ref)
+    KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta, an estimate of KL(p_theta || p_ref); p_ref: before training
 
 A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
 
     log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
 
 For a given o, the mean of this sum over orders is the ELBO of log p(o | q), a lower bound. With low-confidence
-unmasking the order depends on theta: then the sum is an approximation. Unbiased for what? (The gradient before its norm
-is clipped and before Adam.)
+unmasking the order depends on theta: then the sum is an approximation.
 
-    over the draw of steps    for the gradient of J, always
-    over rollouts as well     for (1 - 1/G) / T times grad E[reward], if all of this holds: unmasking is random; beta is
-                              0; advantages are not scaled; L_i is T, or T_i (the default) and no row ends early; it is
-                              the first optimizer step on these rollouts; the ids left by top-k and top-p do not change
-Whose is what?
+Unbiased for what? Over the draw of steps, for the gradient of J, always. Over rollouts as well, for (1 - 1/G) / T times
+grad E[reward], if all of this holds: unmasking is random; beta is 0; advantages are not scaled; L_i is T, or no row
+ends early; it is the first optimizer step on these rollouts; the ids left by top-k and top-p do not change. (The
+gradient before its norm is clipped, and before Adam.)
 
-    the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
-    the official code's   top-k and top-p in the ratio; the optimizer, in `train`; the settings in RELEASE, section 8
-    this file's own       steps drawn from all rows of a process as if they were one, without replacement, more where
-                          |A_i| and surprise (1 - p of the tokens) are large (the official code: by entropy, with
-                          replacement, spread over the batch); rho of the first optimizer step exactly 1; every sampled
-                          token counts (the official code drops those behind the last non-EOS token, and so terms of
-                          the gradient)
+The paper's are: unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i. The
+official code's: top-k and top-p in the ratio, the optimizer in `train`, the settings in RELEASE. This file's own: steps
+drawn from all rows of a process as if they were one, without replacement, more where |A_i| and surprise (1 - p of the
+tokens) are large (official: by entropy, with replacement, spread over the batch); rho of the first optimizer step is
+exactly 1; every sampled token counts (official: none behind the last non-EOS token, which loses terms of the gradient).
 """
 
 import ast
@@ -66,10 +61,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import huggingface_hub as hub
 import tokenizers
@@ -122,22 +117,18 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     return head(hidden[row[:, None], positions])
 
 
-KINDS = {"BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-
 def output_head(model) -> torch.nn.Module:
-    """What makes logits of hidden states: `cls` of a BERT, `lm_head` of a Llama, Qwen2 or Qwen3 with config.is_causal =
-    False, which needs transformers 5.2 or newer. A class of your own needs the like, a config and a base_model.
+    """What makes logits of hidden states: `cls` of a BertForMaskedLM; `lm_head` of a Llama, Qwen2 or Qwen3 with
+    config.is_causal = False, which needs transformers 5.2. A class of your own needs the like, a config, a base_model.
 
     Raises ValueError for other classes of libraries, as some would be silently wrong (RoBERTa counts positions
     otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap), and where dropout is on.
     """
-    kind, head = type(model), getattr(model, "cls", None) or getattr(model, "lm_head", None)
+    kind, config, head = type(model), model.config, getattr(model, "cls", None) or getattr(model, "lm_head", None)
     foreign = kind.__module__.split(".")[0] in ("transformers", "peft", "torch")
-    known = not foreign or KINDS & {parent.__name__ for parent in kind.__mro__}
-    config = model.config
+    known = {"BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
     causal = getattr(config, "is_decoder", False) if hasattr(model, "cls") else getattr(config, "is_causal", True)
-    if not known or head is None or causal:
+    if foreign and kind.__name__ not in known or head is None or causal:
         raise ValueError(f"{kind.__name__} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
     dropout = lambda m: m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)
     if any(m.training and dropout(m) for m in model.modules()):
@@ -482,52 +473,40 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    history = load_training_state(run, optimizer)
-    if history:
-        print(f"going on after update {len(history)} of {args.max_steps}")
-    count, track = args.prompts_per_update, tracker(args, len(history))
-    policy = {"mask_id": mask_id, "temperature": args.temperature, "micro_batch": args.micro_batch}
-    model.train(args.gradient_checkpointing)  # checkpointing works in training mode only; dropout is refused
-    order, written = [], None
+    history, report, count = load_training_state(run, optimizer), reporter(args), args.prompts_per_update
+    order = []
     for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
         order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
+    model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
     bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
         batch, texts, rollout = generate(model, tokenizer, mask_id, task, chosen, args, (args.seed, "rollout", update))
-        if not rollout.logp.isfinite().all():
-            raise FloatingPointError(f"update {update + 1}: log p is not finite; lower --learning_rate")
 
         # Rewards and advantages.
         rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
-        if not rewards.isfinite().all():
-            i = int(rewards.isfinite().int().argmin())
-            raise BadInput(f"the reward of {args.task} is {rewards[i]:g} for {batch[i]!r:.200}: {texts[i]!r:.200}")
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
         # Optimizer steps: the first is on the policy that sampled; the others are not, which is what clipping is for.
         rng = seeded_generator("cpu", args.seed, "timesteps", update, rank())
-        proposal, scored, length_norm = defensive_proposal(rollout), rollout, args.length_norm
-        if args.method == "diffu_grpo":
-            once, length_norm = args.optimizer_steps == 1, "constant"
-            scored = one_step_view(model, rollout, on_policy=once, generator=rng, **policy)
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
+        learning_rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
         for i in range(args.optimizer_steps):
             optimizer.zero_grad()
             metrics = policy_gradient(
-                model, scored, advantage, k=args.k, on_policy=i == 0, proposal=proposal, length_norm=length_norm,
-                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, generator=rng,
-                **policy,
+                model, rollout, advantage, k=args.k, mask_id=mask_id, temperature=args.temperature, on_policy=i == 0,
+                proposal=defensive_proposal(rollout), length_norm=args.length_norm, eps_low=args.eps_low,
+                eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, micro_batch=args.micro_batch,
+                generator=rng,
             )  # fmt: skip
             for p in trained:  # where nothing was to be learned there is no gradient: take part with zeros
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size()
                 if world_size() > 1:
                     dist.all_reduce(p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            if not grad_norm.isfinite():
-                raise FloatingPointError(f"update {update + 1}: no finite gradient; lower --learning_rate or --beta")
+            if not (grad_norm.isfinite() and rollout.logp.isfinite().all()):
+                raise FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
             optimizer.step()
 
         # Metrics; those of the gradient are the last optimizer step's.
@@ -535,33 +514,31 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         metrics = {"update": done} | mean_over_ranks(metrics | {
             "reward": rewards.mean(), "reward_std": std.mean(), "frac_reward_zero_std": (std < 1e-6).float().mean(),
             "accuracy": right.mean(), "completion_length": tokens / len(batch), "grad_norm": grad_norm,
-            "entropy": rollout.entropy.sum() / tokens, "learning_rate": optimizer.param_groups[0]["lr"],
+            "entropy": rollout.entropy.sum() / tokens, "learning_rate": learning_rate,
         })  # fmt: skip
         if args.eval_every and done % args.eval_every == 0:
             metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
         if rank() > 0:
             continue
-        with open(run / "metrics.jsonl", "a") as file:
-            if written not in (None, file.tell()):
-                raise BadInput(f"{run}: another process has begun to train it too")
-            file.write(json.dumps(metrics) + "\n")
-            written = file.tell()
-        track(metrics)
-        if metrics.get("eval_accuracy", 0) > max((row.get("eval_accuracy", 0) for row in history), default=0):
-            save_model(model, tokenizer, run / "best")
+        best = max((row.get("eval_accuracy", 0) for row in history), default=0)
         history.append(metrics)
-        if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
-            bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
+        report(metrics)
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if metrics.get("eval_accuracy", 0) > best:
+            save_model(model, tokenizer, run / "best")
+        if done % args.save_every == 0 or done == args.max_steps:
+            save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
+            for old in checkpoints(run)[:-2]:
+                shutil.rmtree(old)
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
             print(f"update {done} of {args.max_steps}: {text}", flush=True)
         if args.show_every and done % args.show_every == 0:
             bar.write(f"\nupdate {done}: reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
-        if done % args.save_every == 0 or done == args.max_steps:
-            save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
-            for old in checkpoints(run)[:-2]:
-                shutil.rmtree(old)
+        if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
+            bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
     if rank() == 0:
         for name in ("reward", "accuracy"):
             draw_curve(name, [row[name] for row in history])
@@ -570,66 +547,32 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             print(f"  {run}/best is update {best['update']}, with accuracy {best['eval_accuracy']:.3f} in evaluation")
 
 
-def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key, keep=True, **changes):
+def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from the tuple key: texts do not depend on the number of processes.
-    Texts end before the first end token; what was sampled after it is trained on, not rewarded. keep=False leaves out
-    Rollout.kept, where no update will follow. changes override args."""
+    Each --rollout_batch has its own generator, from the key: texts do not depend on the number of processes.
+    Texts end before the first end token; what was sampled after it is trained on, not rewarded. changes override args.
+    """
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    ends, size = end_tokens(tokenizer), args.rollout_batch
-    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
+    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id} | changes
     prompts, mine, texts, rollouts = [task.prompt(e, tokenizer, args.answer_format) for e in examples], [], [], []
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    longest, most = encoded["input_ids"].shape[1] + args.completion_length, model.config.max_position_embeddings
-    if longest > most:
-        raise BadInput(f"the longest prompt and a completion make {longest} tokens, but the model has {most} positions")
-    ids, mask = (encoded[name].to(model.device).split(size) for name in ("input_ids", "attention_mask"))
+    ids, mask = (encoded[name].to(model.device).split(args.rollout_batch) for name in ("input_ids", "attention_mask"))
+    ends = end_tokens(tokenizer)
     for n in range(rank(), len(ids), world_size()):
-        rollouts.append(sample(model, ids[n], mask[n], generator=seeded_generator(model.device, *key, n), **sampling))
-        rollouts[-1].kept = rollouts[-1].kept if keep else None
+        rng = seeded_generator(model.device, *key, n)
+        rollouts.append(sample(model, ids[n], mask[n], eos_id=ends, generator=rng, **sampling))
         texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
-        mine += examples[n * size : (n + 1) * size]
+        mine += examples[n * args.rollout_batch :][: args.rollout_batch]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
     return mine, texts, Rollout(*parts) if parts else None  # None if this process has no share
 
 
 def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
-    changes = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
-    changes |= {"steps": steps, "keep": False}
-    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), **changes)
+    how = {"steps": steps} | ({"unmasking": "low_confidence", "temperature": 0.0} if greedy else {})
+    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), **how)
     right = sum(right for _, right in map(task.grade, mine, texts))
     return mean_over_ranks({"right": right})["right"] * world_size() / len(test)
-
-
-@torch.no_grad()
-def one_step_view(
-    model, rollout: Rollout, *, mask_id: int, temperature: float, on_policy=False, micro_batch=64, generator=None
-) -> Rollout:
-    """A rollout as if one step had unmasked it all, with 15% of the prompt masked: `policy_gradient` of it, with length
-    norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
-    token was sampled in such a state. Not truncated. Its logp is the model's as it is now; on policy none is needed."""
-    hide = (torch.rand(rollout.prompt.shape, generator=generator) < 0.15).to(rollout.prompt.device)
-    prompt, step = rollout.prompt.masked_fill(hide & rollout.prompt_mask, mask_id), rollout.step.clamp(max=0)
-    view = replace(rollout, prompt=prompt, step=step, num_steps=rollout.num_steps.clamp(max=1), kept=None)
-    view.entropy = torch.zeros_like(rollout.logp)  # its width is T for policy_gradient: here C, for a mean over tokens
-    if on_policy:
-        return view
-    rows = torch.arange(len(prompt), device=prompt.device).split(micro_batch)
-    logps = [step_logps(model, view, r, 0 * r, mask_id=mask_id, temperature=temperature)[0] for r in rows]
-    return replace(view, logp=torch.cat(logps))
-
-
-def tracker(args: "Settings", start: int) -> Callable[[dict], None]:
-    """What takes an update's metrics where --report_to says; a resumed run goes on where its checkpoint was made."""
-    if rank() == 0 and args.report_to == "wandb":
-        name = re.sub(r"\W", "-", str(Path(args.output_dir).resolve()))[-64:]
-        run = importlib.import_module("wandb").init(project="agrpo", id=name, resume="allow", config=asdict(args))
-        return lambda metrics: run.log(metrics, step=metrics["update"])
-    if rank() == 0 and args.report_to == "tensorboard":
-        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=start + 1)
-        return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
-    return lambda metrics: None
 
 
 def load_training_state(run: Path, optimizer) -> list[dict]:
@@ -645,6 +588,17 @@ def load_training_state(run: Path, optimizer) -> list[dict]:
     if rank() == 0 and log.exists():
         os.truncate(log, sum(map(len, lines)))
     return [*map(json.loads, lines)]
+
+
+def reporter(args: "Settings") -> Callable[[dict], None]:
+    """What takes an update's metrics where --report_to says."""
+    if rank() == 0 and args.report_to == "wandb":
+        run = importlib.import_module("wandb").init(project="agrpo", config=asdict(args))
+        return lambda metrics: run.log(metrics, step=metrics["update"])
+    if rank() == 0 and args.report_to == "tensorboard":
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
+        return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
+    return lambda metrics: None
 
 
 def mean_over_ranks(metrics: dict) -> dict[str, float]:
@@ -667,8 +621,8 @@ end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id] 
 before_end = lambda tokens, ends: [*itertools.takewhile(lambda token: token not in ends, tokens)]
 # Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
-number = lambda folder: int(folder.name[11:] if folder.name[11:].isdigit() else -1)
-checkpoints = lambda run: sorted((x for x in run.glob("checkpoint-*") if number(x) >= 0), key=number)  # oldest first
+number = lambda folder: int(folder.name.removeprefix("checkpoint-"))
+checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
@@ -730,9 +684,8 @@ def inside_tags(text: str, tag: str) -> str | None:
 
 
 def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
-    """Examples from a file (to test on), a folder of train.* and test.* or of their shards, or a hub id.
-    columns as in `Task`: "a|b" is a or b; where a pattern has a group, that is the value. BadInput names file and row.
-    """
+    """Examples from a file (to test on), a folder of train.* and test.* or of their shards, or a hub id. Columns as in
+    `Task`: "a|b" is a or b; where a pattern has a group, that is the value."""
     import datasets  # here, as it takes 85 MB
 
     datasets.disable_progress_bars()
@@ -740,17 +693,15 @@ def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> l
     name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
     found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
     files = sorted(str(file) for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name))
-    shards = re.search(r"-of-(\d+)\.", files[0]) if files else None
-    if len(files) != (int(shards[1]) if shards else 1):
+    if len(files) != int((re.findall(r"-of-(\d+)\.", str(files)) or [1])[0]):
         raise BadInput(f"--data {source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
+    kind = Path(files[0]).suffix[1:].removesuffix("l")
     text = {name: str for column, _ in columns.values() for name in column.split("|")}  # keeps the zeros of "01"
-    kind = files[0].rpartition(".")[2].removesuffix("l")
     try:
         options = {"converters": text} if kind == "csv" else {}
         table = datasets.load_dataset(kind, data_files=files, split="train", **options)
     except Exception as error:  # noqa: BLE001 - each format has errors of its own
-        reason = str(error.__cause__ or error).split("\n")[0]
-        raise BadInput(f"--data {files[0]}: not readable, or no rows: {reason}") from None
+        raise BadInput(f"--data {files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
     rows = []
     for n, row in enumerate(table.to_list(), start=1):
         rows.append({})
@@ -912,8 +863,8 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
 
     name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file
     saved: a run, a checkpoint, a LoRA adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
-    LLaDA is a Llama, Dream a Qwen2, A2D (dLLM's, made from autoregressive models) a Qwen3, Qwen2 or Llama, all without
-    the causal mask: in transformers' own classes.
+    All are of transformers' own classes, less the causal mask: LLaDA is a Llama, Dream a Qwen2, A2D (dLLM's) a Qwen3,
+    Qwen2 or Llama.
     """
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
@@ -1133,7 +1084,6 @@ class Settings:
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str | None = option(None, "cuda, mps or cpu; default: the first that there is")
 
-    method: Literal["agrpo", "diffu_grpo"] = option("agrpo", "diffu_grpo: d1's estimator, to compare with")
     max_steps: int = option(160, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
@@ -1168,11 +1118,6 @@ class Settings:
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
     pretrain_steps: int = option(600, "steps of pretraining the tiny model")
 
-    def __post_init__(self):
-        for f in fields(self):
-            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
-                raise ValueError(f"{f.name} is one of {get_args(f.type)}, not {getattr(self, f.name)!r}")
-
 
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
@@ -1198,17 +1143,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
-        saved = {name: value for name, value in saved.items() if hasattr(first, name)}  # another version had others
         parser.set_defaults(**saved)
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
     absolute = lambda name: str(Path(name).resolve()) if name not in (None, "tiny") and Path(name).exists() else name
     args.model, args.data = absolute(SMALL["model"] if args.model == "qwen3-0.6b" else args.model), absolute(args.data)
-    for name in [name for name, value in saved.items() if value != getattr(args, name)]:
-        if name in ("lora_rank", "method", "output_dir"):
-            parser.error(f"--{name} of a run cannot be changed")
-        print(f"--{name} was {saved[name]}, is {getattr(args, name)} from here on")
+    for name, value in saved.items():
+        if value != getattr(args, name):
+            print(f"--{name} was {value}, is {getattr(args, name)} from here on")
     name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
     args.output_dir = args.output_dir or next(name for name in names if not Path(name).exists())
@@ -1247,16 +1190,14 @@ def check_settings(args: Settings) -> None:
     try:
         for steps in (args.steps, *args.eval_steps):
             tokens_per_step(args.completion_length, args.block_length, steps)
+        group_advantages([0.0] * args.group_size, args.group_size)
         torch.zeros(1, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         raise BadInput(str(error)) from None
-    if args.group_size < 2:
-        raise BadInput("--group_size must be at least 2")
-    n, rows = world_size(), args.prompts_per_update * args.group_size
-    if n > 1:
-        batch = args.rollout_batch = min(args.rollout_batch, max(1, rows // n))
-        if batch % args.group_size or rows % (n * batch):
-            raise BadInput(f"--rollout_batch must divide {rows} / {n}, a process's completions, and hold whole groups")
+    rows = args.prompts_per_update * args.group_size
+    args.rollout_batch = min(args.rollout_batch, max(1, rows // world_size()))
+    if world_size() > 1 and (args.rollout_batch % args.group_size or rows % (world_size() * args.rollout_batch)):
+        raise BadInput(f"--rollout_batch must divide {rows} / {world_size()}, a process's share, and hold whole groups")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
     for package, used in (args.report_to, args.report_to != "none"), ("math_verify", args.task == "math"):
@@ -1266,10 +1207,10 @@ def check_settings(args: Settings) -> None:
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
     """Add to results the accuracy at each of eval_steps, as trained and greedy; print a table of what they hold."""
+    at = lambda steps, greedy: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy)
     how = {"as trained": f"{args.unmasking} unmasking, temperature {args.temperature:g}"}
     how |= {"greedy": "low-confidence unmasking, temperature 0"}
-    at = lambda steps, name: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy=name == "greedy")
-    results[stage] = {name: {str(steps): at(steps, name) for steps in args.eval_steps} for name in how}
+    results[stage] = {name: {str(steps): at(steps, name == "greedy") for steps in args.eval_steps} for name in how}
     print(f"\nAccuracy on {len(test)} test examples, by sampling steps (trained with {args.steps})")
     for name, sampler in how.items():
         print(f"\n  {f'{name} ({sampler})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
@@ -1287,8 +1228,8 @@ def run_training(args: Settings) -> None:
     """Load, measure, train, measure."""
     began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
     given, test = (task.examples(split, args) for split in ("train", "test"))
-    tested = {task.question.format(**example) for example in test}
-    examples, test = [e for e in given if task.question.format(**e) not in tested], test[: args.eval_examples or None]
+    asked = {task.question.format(**example) for example in test}
+    examples, test = [e for e in given if task.question.format(**e) not in asked], test[: args.eval_examples or None]
     if not examples:
         raise BadInput(f"all {len(given)} training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
@@ -1302,8 +1243,9 @@ def run_training(args: Settings) -> None:
         file.touch(exist_ok=bool(args.resume))  # fails if another run has begun here; from now on it is ours
         part.write_text(json.dumps(asdict(args), indent=1))
         part.replace(file)  # all of it or nothing, whenever the process is killed
-    print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; in {run}")
-    both = len(given) - len(examples)
+    saved, both = checkpoints(run), len(given) - len(examples)
+    start = f"going on from {saved[-1]}" if saved else f"in {run}"
+    print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; {start}")
     print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} were both: not trained on")
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
@@ -1317,7 +1259,6 @@ def run_training(args: Settings) -> None:
 
     shared = {id(p): p for p in model.parameters()} if args.lora_rank else {}  # LoRA leaves these weights as they are
     ref_model = copy.deepcopy(model, memo=shared).requires_grad_(False) if args.beta > 0 else None
-    saved = checkpoints(run)
     if args.lora_rank and saved:
         load_lora(model, saved[-1])
     elif args.lora_rank:
@@ -1328,7 +1269,7 @@ def run_training(args: Settings) -> None:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
-    measure(results, "AGRPO" if args.method == "agrpo" else "diffu-GRPO", model, tokenizer, mask_id, task, test, args)
+    measure(results, "AGRPO", model, tokenizer, mask_id, task, test, args)
     if rank() == 0:
         (run / "results.json").write_text(json.dumps({"examples": len(test)} | results, indent=1))
         print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run}/metrics.jsonl")
