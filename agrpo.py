@@ -858,47 +858,42 @@ TASKS = {
 # ===== 7. Models ======================================================================================================
 
 
-def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
-    """(model, tokenizer, mask_id), ready to sample from. Raises BadInput for what cannot be loaded.
+def load_model(name: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
+    """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
 
-    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (hub id or folder), or what this file
-    saved: a run, a checkpoint, a LoRA adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
-    All are of transformers' own classes, less the causal mask: LLaDA is a Llama, Dream a Qwen2, A2D (dLLM's) a Qwen3,
-    Qwen2 or Llama.
+    name: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file saved: a run,
+    a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
     """
-    if name_or_path == "tiny":
+    if name == "tiny":
         return tiny_model(device, dtype)
-    folder = find_checkpoint(name_or_path)
-    name = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
-    if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        model, tokenizer, mask_id = load_model(adapter_base or base, device, dtype)
+    folder, raw = find_checkpoint(name)
+    name = str(folder.resolve()) if Path(name).exists() else name
+    if "peft_type" in raw:
+        model, tokenizer, mask_id = load_model(adapter_base or raw["base_model_name_or_path"], device, dtype)
         load_lora(merge_lora(model), folder)
-        model.name_or_path = name
+        model.name_or_path = name  # what a further adapter is put on
         return model, tokenizer, mask_id
-    raw = json.loads((folder / "config.json").read_text())
     kind = raw.get("model_type")
-    if kind not in MODELS:
-        raise BadInput(f"{name} is a {kind!r} model; this file knows {', '.join(MODELS)}")
-    windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
-    if windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):
-        raise BadInput(f"{name}: causal between blocks, or attention in a window; here all tokens see each other")
-    model_class, tokenizer_class, extra = MODELS[kind]
-    own = {key: key for key in (*model_class.config_class.__annotations__, "rope_theta", "rope_scaling")}
-    keys = LLADA_CONFIG if kind == "llada" else own  # only what describes the architecture
-    config = model_class.config_class(**{ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw} | extra)
+    windows = raw.get("use_sliding_window") or "sliding_attention" in str(raw)
+    if kind not in MODELS or windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):  # causal between blocks
+        raise BadInput(f"{name} ({kind}): only {', '.join(MODELS)} are known, where all tokens see each other")
+    own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
+    keys = LLADA_CONFIG if kind == "llada" else dict(zip(own, own))  # only what describes the architecture
+    shape = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
+    config = MODELS[kind].config_class(**shape | FULL, logits_shift=int(kind == "Dream"))
     if torch.device(device).type == "cpu" and config.num_hidden_layers * config.hidden_size**2 > 2e8:
         raise BadInput(f"{name}: billions of parameters are too many for a CPU; use a GPU")
+    tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None or tokenizer.eos_token_id is None:
         raise BadInput(f"{name}: no mask_token_id in config.json, or no eos_token in the tokenizer")
-    model, found = model_class.from_pretrained(
-        find_checkpoint(name_or_path, "*.safetensors"), config=config, dtype=dtype, use_safetensors=True,
-        key_mapping=LLADA_WEIGHTS if kind == "llada" else None, output_loading_info=True, ignore_mismatched_sizes=True,
+    model, found = MODELS[kind].from_pretrained(
+        local_or_hub(name, "model", ["*.safetensors*"]), config=config, dtype=dtype, use_safetensors=True,
+        key_mapping=LLADA_WEIGHTS, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    wrong = {what: sorted(map(str, found[f"{what}_keys"]))[:5] for what in ("missing", "unexpected", "mismatched")}
+    wrong = {what: sorted(map(str, keys))[:5] for what, keys in found.items()}  # missing, unexpected, mismatched
     if any(wrong.values()):
         raise BadInput(f"{name}: weights that do not fit: {wrong}")
     model.raw_config, model.name_or_path = raw, name
@@ -906,14 +901,10 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
 
 
 FULL = {"is_causal": False, "use_cache": False}  # all tokens see each other
-MODELS = {  # model_type: classes of transformers, and what the config needs besides
-    "bert": (hf.BertForMaskedLM, hf.AutoTokenizer, {}),
-    "llada": (hf.LlamaForCausalLM, hf.AutoTokenizer, FULL),
-    "Dream": (hf.Qwen2ForCausalLM, hf.Qwen2Tokenizer, FULL | {"logits_shift": 1}),
-    "a2d-llama": (hf.LlamaForCausalLM, hf.AutoTokenizer, FULL),
-    "a2d-qwen2": (hf.Qwen2ForCausalLM, hf.AutoTokenizer, FULL),
-    "a2d-qwen3": (hf.Qwen3ForCausalLM, hf.AutoTokenizer, FULL),
-}
+MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
+    "bert": hf.BertForMaskedLM, "llada": hf.LlamaForCausalLM, "Dream": hf.Qwen2ForCausalLM,
+    "a2d-llama": hf.LlamaForCausalLM, "a2d-qwen2": hf.Qwen2ForCausalLM, "a2d-qwen3": hf.Qwen3ForCausalLM,
+}  # fmt: skip
 LLADA_CONFIG = {  # Llama's name: LLaDA's
     "hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size", "vocab_size": "embedding_size",
@@ -928,29 +919,24 @@ LLADA_BLOCK = {  # LLaDA's name of a weight of a block: Llama's
 LLADA_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 LLADA_NAMES |= {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for theirs, ours in LLADA_BLOCK.items()}
 LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_NAMES.items()}
-PEFT = "base_model.model."  # what peft puts before the name of each weight of an adapter
 
 
-def find_checkpoint(name: str, *weights: str) -> Path:
-    """The folder of a checkpoint: itself, a run's newest checkpoint, or what the hub has by that name."""
-    folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors", *weights]))
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint, or not yet")
-    return folder
+def find_checkpoint(name: str) -> tuple[Path, dict]:
+    """The folder of a checkpoint, a run's newest or the hub's (not its weights yet), and its config or adapter's."""
+    folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors"]))
+    adapter = folder / "adapter_config.json"
+    return folder, json.loads((adapter if adapter.exists() else folder / "config.json").read_text())
 
 
 def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
-    if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        raise BadInput(f"{name}: no such file")
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
-        advice = f"give --{kind.replace('dataset', 'data')} FOLDER, or run plain `python agrpo.py`"
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub ({reason}); {advice}") from None
+        advice = f"give --{kind.removesuffix('set')} FOLDER, or run plain `python agrpo.py`"
+        raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub; {advice}: {error}") from None
 
 
 class LoRALinear(torch.nn.Module):
@@ -972,26 +958,30 @@ class LoRALinear(torch.nn.Module):
 def add_lora(model, r: int, names: set[str] | None = None) -> None:
     """Freeze a model and put LoRA on the linear layers of these names; by default on all but the output head."""
     model.requires_grad_(False)
-    for name, layer in list(model.named_modules()):
-        wanted = name in names if names else name.startswith(model.base_model_prefix + ".")
-        if wanted and isinstance(layer, torch.nn.Linear):
-            model.set_submodule(name, LoRALinear(layer, r))
+    wanted = lambda name: name in names if names else name.startswith(model.base_model_prefix + ".")
+    layers = [name for name, m in model.named_modules() if wanted(name) and isinstance(m, torch.nn.Linear)]
+    for name in layers:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), r))
+    model.adapter_config = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": sorted(layers)}
+    model.adapter_config["base_model_name_or_path"] = model.name_or_path
 
 
 def load_lora(model, folder: Path) -> None:
-    """Put a saved adapter's LoRA on its base."""
+    """Put a saved adapter on its base. Its names may be LLaDA's, as in the published code's; here alpha = r."""
     adapter, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
     if any(map(adapter.get, ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))) or not file.exists():
         raise BadInput(f"{folder}: only plain LoRA in {file.name} can be read")
-    scale = lambda name: adapter["lora_alpha"] / adapter["r"] if ".lora_B." in name else 1.0  # here alpha = r
-    weights = {name.removeprefix(PEFT): tensor * scale(name) for name, tensor in load_file(file).items()}
-    for theirs, ours in LLADA_WEIGHTS.items():  # as adapters of the published code are named
-        weights = {re.sub(theirs, ours, name): tensor for name, tensor in weights.items()}
+    weights, scale = {}, adapter["lora_alpha"] / adapter["r"]
+    for name, tensor in load_file(file).items():
+        name = name.removeprefix("base_model.model.")
+        for theirs, ours in LLADA_WEIGHTS.items():
+            name = re.sub(theirs, ours, name)
+        weights[name] = tensor * scale if ".lora_B." in name else tensor
     add_lora(model, adapter["r"], {name.split(".lora_")[0] for name in weights})
-    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items() if "lora_" in name}
-    if shapes(model.state_dict()) != shapes(weights):
-        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
-    model.load_state_dict(weights, strict=False)
+    try:
+        model.load_state_dict(model.state_dict() | weights)
+    except RuntimeError:  # names or shapes
+        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}") from None
 
 
 def merge_lora(model):
@@ -1004,37 +994,32 @@ def merge_lora(model):
 
 
 def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
-    """Write what `load_model` reads: an adapter in peft's layout, or the whole model under the names it came with. The
-    folder is renamed when it is whole, in the place of an older one: a killed process leaves no half of one."""
-    folder, aside = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    shutil.rmtree(aside, ignore_errors=True)
-    tokenizer.save_pretrained(aside)
-    if layers:
-        weights = {PEFT + name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-        save_file(weights, aside / "adapter_model.safetensors")
-        r = next(iter(layers.values())).lora_A.out_features
-        config = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": sorted(layers)}
-        config["base_model_name_or_path"] = model.name_or_path
-        (aside / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    """Write an adapter in peft's layout, or the whole model under the names it came with. The folder is renamed when
+    it is whole, in the place of an older one: a killed process leaves no half of one."""
+    folder, part = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save_pretrained(part)
+    lora = {f"base_model.model.{name}": tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    if lora:
+        save_file(lora, part / "adapter_model.safetensors")
+        (part / "adapter_config.json").write_text(json.dumps(model.adapter_config, indent=1))
     else:
-        model.save_pretrained(aside)
+        model.save_pretrained(part)
         if hasattr(model, "raw_config"):  # transformers has undone the key_mapping, so the config must be LLaDA's too
-            (aside / "config.json").write_text(json.dumps(model.raw_config, indent=1))
+            (part / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     if optimizer:
-        state = optimizer.state_dict()["state"]
-        state = {f"{i} {name}": tensor for i in state for name, tensor in state[i].items()}
-        save_file(state, aside / "optimizer.safetensors")
+        states = optimizer.state_dict()["state"]
+        states = {f"{i} {name}": tensor for i in states for name, tensor in states[i].items()}
+        save_file(states, part / "optimizer.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    part.rename(folder)
 
 
 def tiny_model(device, dtype):
     """A BERT of 367,396 weights over a tokenizer of one token per character: printable ASCII and the newline."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
     vocabulary = {token: i for i, token in enumerate([*special.values(), *map(chr, range(32, 127)), "\n"])}
-    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    characters = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[], unk_token="[UNK]"))
     characters.decoder = tokenizers.decoders.Fuse()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
     config = hf.BertConfig(

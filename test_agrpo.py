@@ -858,10 +858,10 @@ REFUSED = {
     "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
-    "--model .": "no config.json", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
+    "--model .": "/config.json'", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
     "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math-verify",
-    "--task gsm8k": "(no route); give --data FOLDER, or run plain `python agrpo.py`",
-    "--task countdown": "(no route); give --model FOLDER", "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
+    "--task gsm8k": "give --data FOLDER, or run plain `python agrpo.py`: no route",
+    "--task countdown": "give --model FOLDER", "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
     "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no such file",
     "eval B --steps 17": "17 steps", "eval B --steps few": "invalid int", "eval B --base nowhere": "no such file",
     "eval B --seeds 0 1": "--temperature above 0", "eval B --samples 4": "--temperature above 0",
@@ -1161,7 +1161,7 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     theirs = shutil.copytree(adapter, tmp_path / "d1")
     agrpo.save_file({rename(name): some[name] for name in some}, theirs / "adapter_model.safetensors")
     read = agrpo.load_model(str(theirs))[0].state_dict()
-    read = {agrpo.PEFT + name: tensor for name, tensor in read.items() if "lora_" in name}
+    read = {"base_model.model." + name: tensor for name, tensor in read.items() if "lora_" in name}
     assert read.keys() == some.keys() and all(torch.equal(read[name], some[name]) for name in some)
     config = json.loads((file := theirs / "adapter_config.json").read_text())
     for change, said in ({"r": 8}, "another model"), ({"use_rslora": True}, "only plain LoRA"), ({}, "only plain LoRA"):
