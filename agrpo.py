@@ -876,7 +876,7 @@ def load_model(name: str, device="cpu", dtype: torch.dtype = torch.float32, adap
     kind = raw.get("model_type")
     windows = raw.get("use_sliding_window") or "sliding_attention" in str(raw)
     if kind not in MODELS or windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):  # causal between blocks
-        raise BadInput(f"{name} ({kind}): only {', '.join(MODELS)} are known, where all tokens see each other")
+        raise BadInput(f"{name}, a {kind}: only {', '.join(MODELS)} can be loaded, if all tokens see each other")
     own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
     keys = LLADA_CONFIG if kind == "llada" else dict(zip(own, own))  # only what describes the architecture
     shape = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
@@ -893,7 +893,7 @@ def load_model(name: str, device="cpu", dtype: torch.dtype = torch.float32, adap
         local_or_hub(name, "model", ["*.safetensors*"]), config=config, dtype=dtype, use_safetensors=True,
         key_mapping=LLADA_WEIGHTS, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    wrong = {what: sorted(map(str, keys))[:5] for what, keys in found.items()}  # missing, unexpected, mismatched
+    wrong = {what: sorted(map(str, keys))[:5] for what, keys in found.items()}
     if any(wrong.values()):
         raise BadInput(f"{name}: weights that do not fit: {wrong}")
     model.raw_config, model.name_or_path = raw, name
@@ -922,7 +922,7 @@ LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, our
 
 
 def find_checkpoint(name: str) -> tuple[Path, dict]:
-    """The folder of a checkpoint, a run's newest or the hub's (not its weights yet), and its config or adapter's."""
+    """The folder of a checkpoint (of a run, the newest; from the hub, without weights), and what its config says."""
     folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors"]))
     adapter = folder / "adapter_config.json"
     return folder, json.loads((adapter if adapter.exists() else folder / "config.json").read_text())
@@ -994,8 +994,8 @@ def merge_lora(model):
 
 
 def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
-    """Write an adapter in peft's layout, or the whole model under the names it came with. The folder is renamed when
-    it is whole, in the place of an older one: a killed process leaves no half of one."""
+    """Write an adapter in peft's layout, or the whole model under the names it came with. A killed process leaves no
+    half of a folder: it gets its name, in the place of an older one, when it is whole."""
     folder, part = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save_pretrained(part)
