@@ -932,6 +932,8 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
+    if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        raise BadInput(f"{name}: no such file")
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
