@@ -858,23 +858,23 @@ TASKS = {
 # ===== 7. Models ======================================================================================================
 
 
-def load_model(name: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
+def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
 
-    name: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file saved: a run,
-    a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
+    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file saved:
+    a run, a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
     """
-    if name == "tiny":
+    if name_or_path == "tiny":
         return tiny_model(device, dtype)
-    folder, raw = find_checkpoint(name)
-    name = str(folder.resolve()) if Path(name).exists() else name
+    folder, raw = find_checkpoint(name_or_path)
+    name = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
     if "peft_type" in raw:
         model, tokenizer, mask_id = load_model(adapter_base or raw["base_model_name_or_path"], device, dtype)
         load_lora(merge_lora(model), folder)
         model.name_or_path = name  # what a further adapter is put on
         return model, tokenizer, mask_id
     kind = raw.get("model_type")
-    windows = raw.get("use_sliding_window") or "sliding_attention" in str(raw)
+    windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
     if kind not in MODELS or windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):  # causal between blocks
         raise BadInput(f"{name}, a {kind}: only {', '.join(MODELS)} can be loaded, if all tokens see each other")
     own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
@@ -893,14 +893,15 @@ def load_model(name: str, device="cpu", dtype: torch.dtype = torch.float32, adap
         local_or_hub(name, "model", ["*.safetensors*"]), config=config, dtype=dtype, use_safetensors=True,
         key_mapping=LLADA_WEIGHTS, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    wrong = {what: sorted(map(str, keys))[:5] for what, keys in found.items()}
+    wrong = {what: sorted(map(str, names))[:5] for what, names in found.items()}
     if any(wrong.values()):
         raise BadInput(f"{name}: weights that do not fit: {wrong}")
     model.raw_config, model.name_or_path = raw, name
     return model.to(device).eval(), tokenizer, mask_id
 
 
-FULL = {"is_causal": False, "use_cache": False}  # all tokens see each other
+# All tokens see each other; the embedding of the padding token is trained like any other.
+FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None}
 MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
     "bert": hf.BertForMaskedLM, "llada": hf.LlamaForCausalLM, "Dream": hf.Qwen2ForCausalLM,
     "a2d-llama": hf.LlamaForCausalLM, "a2d-qwen2": hf.Qwen2ForCausalLM, "a2d-qwen3": hf.Qwen3ForCausalLM,

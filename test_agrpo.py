@@ -1058,7 +1058,7 @@ def checkpoint(folder: Path, kind: str = "llada", **change):
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=rng)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # a tied head too
-    raw = json.loads(config.to_json_string()) | {"model_type": kind}
+    raw = json.loads(config.to_json_string()) | {"model_type": kind, "pad_token_id": 0}
     _, tokenizer, mask_id = agrpo.load_model("tiny")
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     tokenizer.chat_template += "{{ add_generation_prompt }}{{ enable_thinking }}"
@@ -1090,6 +1090,7 @@ def test_checkpoints_load_exactly_and_are_saved_as_they_came(kind, tmp_path):
     (folder / "checkpoint-500").mkdir(parents=True)
     theirs, weights, raw = checkpoint(folder, kind)
     model, tokenizer, mask_id = agrpo.load_model(str(folder))
+    assert model.get_input_embeddings().padding_idx is None  # which would never be trained
     found = mask_id, tokenizer.eos_token_id, len(tokenizer("ab")["input_ids"])
     assert found == ((257, 256, 2) if kind == "Dream" else (3, 2, 2))
     for pad in 0, 2:
