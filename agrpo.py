@@ -1123,9 +1123,8 @@ class Settings:
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "optimizer_steps": 1, "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8,
-    "rollout_batch": 8, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1,
-    "save_every": 10,
+    "optimizer_steps": 1, "learning_rate": 5e-6, "warmup_steps": 10, "micro_batch": 8, "rollout_batch": 8,
+    "lora_rank": 64, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1, "save_every": 10,
 }  # fmt: skip
 SMALL = RELEASE | {  # ours, for a Qwen3-0.6B that was made a masked diffusion model
     "model": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "answer_format": "boxed", "max_steps": 100, "k": 16,
@@ -1172,21 +1171,18 @@ def prepare(args: Settings) -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good: only the first process prints
     positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "micro_batch")
-    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
-        if not getattr(args, name) > 0:
-            raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")
     try:
+        for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
+            assert getattr(args, name) > 0, f"--{name} must be above 0, not {getattr(args, name)}"
         for steps in (args.steps, *args.eval_steps):
             tokens_per_step(args.completion_length, args.block_length, steps)
         group_advantages([0.0] * args.group_size, args.group_size)
+        assert args.model != "tiny" or args.task == "sudoku", "tiny knows only sudoku; give another --model"
+        for used, package in (args.task == "math", "math_verify"), (args.report_to != "none", args.report_to):
+            assert not used or importlib.util.find_spec(package), f"this needs pip install {package}"
         torch.zeros(1, device=args.device)
-    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
+    except (ValueError, RuntimeError, AssertionError) as error:  # the latter two also mean that there is no such device
         raise BadInput(str(error)) from None
-    if args.model == "tiny" and args.task != "sudoku":
-        raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
-    for package, used in (args.report_to, args.report_to != "none"), ("math-verify", args.task == "math"):
-        if used and not importlib.util.find_spec(package.replace("-", "_")):
-            raise BadInput(f"--task {args.task} or --report_to needs pip install {package}")
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:

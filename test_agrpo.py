@@ -859,7 +859,7 @@ REFUSED = {
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
     "--model .": "no config.json", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
-    "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math-verify",
+    "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math_verify",
     "--task gsm8k": "(no route); give --data FOLDER, or run plain `python agrpo.py`",
     "--task countdown": "(no route); give --model FOLDER", "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
     "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no such file",
