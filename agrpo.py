@@ -48,6 +48,7 @@ exactly 1; every sampled token counts (official: none behind the last non-EOS to
 """
 
 import ast
+import atexit
 import copy
 import importlib.util
 import itertools
@@ -1067,10 +1068,10 @@ class Settings:
     model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
     answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or only for a box")
     data: str | None = option(None, "a file to test on, a folder of train.* and test.*, or a hub id")
-    output_dir: str | None = option(None, "the run's folder; default: a new one in runs/")
+    output_dir: str | None = option(None, "the run's folder; None: a new one in runs/")
     resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
     seed: int = option(0, "the same seed gives the same run on the same machine")
-    device: str | None = option(None, "cuda, mps or cpu; default: the first that there is")
+    device: str | None = option(None, "cuda, mps or cpu; None: the first that there is")
 
     max_steps: int = option(160, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
@@ -1110,36 +1111,35 @@ class Settings:
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours
     "model": "GSAI-ML/LLaDA-8B-Instruct", "max_steps": 1000, "prompts_per_update": 16, "group_size": 8, "k": 24,
     "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "optimizer_steps": 1, "learning_rate": 5e-6, "warmup_steps": 10, "lora_rank": 64, "micro_batch": 8,
-    "rollout_batch": 8, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1,
-    "save_every": 10,
+    "optimizer_steps": 1, "learning_rate": 5e-6, "warmup_steps": 10, "micro_batch": 8, "rollout_batch": 8,
+    "lora_rank": 64, "eval_steps": [128, 64], "eval_examples": 64, "eval_every": 50, "show_every": 1, "save_every": 10,
 }  # fmt: skip
 SMALL = RELEASE | {  # ours, for a Qwen3-0.6B that was made a masked diffusion model
     "model": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "answer_format": "boxed", "max_steps": 100, "k": 16,
     "completion_length": 256, "block_length": 32, "learning_rate": 2e-5, "rollout_batch": 64, "eval_steps": [256, 128],
     "eval_examples": 256, "eval_every": 25,
 }  # fmt: skip
+# Whether this is the tiny model or a folder that holds one, so that its defaults apply.
+is_tiny = lambda name: name == "tiny" or any('"bert"' in c.read_text() for c in newest(Path(name)).glob("config.json"))
 
 
-def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Settings from the command line, over the defaults for the task and model, or over those of the run to resume."""
+def parse_settings(argv: list[str]) -> Settings:
+    """Settings from the command line, over those of the run to resume, or over the defaults for the task and model."""
     parser = hf.HfArgumentParser(Settings, usage="agrpo.py [--option value ...] (--help: all)", allow_abbrev=False)
-    argv, saved = sys.argv[1:] if argv is None else argv, {}
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     if first.resume:
         file = Path(first.resume) / "settings.json"
         if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
-        saved = json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume}
-        parser.set_defaults(**saved)
+        parser.set_defaults(**json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume})
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
     absolute = lambda name: str(Path(name).resolve()) if name not in (None, "tiny") and Path(name).exists() else name
     args.model, args.data = absolute(SMALL["model"] if args.model == "qwen3-0.6b" else args.model), absolute(args.data)
-    for name, value in saved.items():
-        if value != getattr(args, name):
-            print(f"--{name} was {value}, is {getattr(args, name)} from here on")
+    for name, value in vars(args).items():
+        if args.resume and value != parser.get_default(name):
+            print(f"--{name} was {parser.get_default(name)}, is {value} from here on")
     name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
     args.output_dir = args.output_dir or next(name for name in names if not Path(name).exists())
@@ -1148,33 +1148,27 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     return args
 
 
-def is_tiny(name: str) -> bool:
-    """Whether this is the tiny model or a folder that holds one, so that its defaults apply."""
-    config = newest(Path(name)) / "config.json"
-    return name == "tiny" or config.is_file() and json.loads(config.read_text()).get("model_type") == "bert"
-
-
-def start_processes(args) -> None:
-    """Choose the device where none is given and, under torchrun, join the other processes; only the first prints."""
+def prepare(args: Settings) -> None:
+    """Choose the device and, under torchrun, join the others. Raise BadInput for settings that cannot work."""
     hf.logging.set_verbosity_error()  # what goes wrong in loading is said in a sentence
     hf.logging.disable_progress_bar()
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
-
-
-def check_settings(args: Settings) -> None:
-    """Raise BadInput for settings that cannot work, before anything is loaded or written. Under torchrun rollout_batch
-    is lowered to a process's share of an update."""
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good: only the first process prints
     positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "micro_batch")
     for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")
+    if args.model == "tiny" and args.task != "sudoku":
+        raise BadInput("tiny knows only sudoku; give another --model")
+    for used, package in (args.task == "math", "math_verify"), (args.report_to != "none", args.report_to):
+        if used and not importlib.util.find_spec(package):
+            raise BadInput(f"this needs pip install {package}")
     try:
         for steps in (args.steps, *args.eval_steps):
             tokens_per_step(args.completion_length, args.block_length, steps)
@@ -1182,78 +1176,68 @@ def check_settings(args: Settings) -> None:
         torch.zeros(1, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         raise BadInput(str(error)) from None
-    rows = args.prompts_per_update * args.group_size
-    args.rollout_batch = min(args.rollout_batch, max(1, rows // world_size()))
-    if world_size() > 1 and (args.rollout_batch % args.group_size or rows % (world_size() * args.rollout_batch)):
-        raise BadInput(f"--rollout_batch must divide {rows} / {world_size()}, a process's share, and hold whole groups")
-    if args.model == "tiny" and args.task != "sudoku":
-        raise BadInput("--model tiny knows only sudoku; give a LLaDA, Dream or A2D checkpoint")
-    for package, used in (args.report_to, args.report_to != "none"), ("math_verify", args.task == "math"):
-        if used and not importlib.util.find_spec(package):
-            raise BadInput(f"--task {args.task} or --report_to needs pip install {package.replace('_', '-')}")
 
 
 def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
     """Add to results the accuracy at each of eval_steps, as trained and greedy; print a table of what they hold."""
     at = lambda steps, greedy: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy)
-    how = {"as trained": f"{args.unmasking} unmasking, temperature {args.temperature:g}"}
-    how |= {"greedy": "low-confidence unmasking, temperature 0"}
-    results[stage] = {name: {str(steps): at(steps, name == "greedy") for steps in args.eval_steps} for name in how}
+    results[stage], trained = {}, f"{args.unmasking} unmasking, temperature {args.temperature:g}"
     print(f"\nAccuracy on {len(test)} test examples, by sampling steps (trained with {args.steps})")
-    for name, sampler in how.items():
-        print(f"\n  {f'{name} ({sampler})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
+    for name, how in ("as trained", trained), ("greedy", "low-confidence unmasking, temperature 0"):
+        results[stage][name] = {str(steps): at(steps, name == "greedy") for steps in args.eval_steps}
+        print(f"\n  {f'{name} ({how})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
         for row, found in results.items():
             print(f"    {row:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in found[name].values()))
     if stage != "base":
-        base, trained = results["base"]["greedy"], results[stage]["greedy"]
-        few = list(trained)[len(trained) // 2]
-        enough = min((int(steps) for steps in base if base[steps] >= trained[few]), default="more than those")
-        print(f"\n  Greedy, {stage} in {few} steps: {trained[few]:.3f}; base needs {enough} for that")
+        few, base = str(args.eval_steps[len(args.eval_steps) // 2]), results["base"]["greedy"]
+        accuracy = results[stage]["greedy"][few]
+        enough = min((int(steps) for steps in base if base[steps] >= accuracy), default="more than those")
+        print(f"\n  Greedy, {stage} in {few} steps: {accuracy:.3f}; base needs {enough} for that")
     print(flush=True)
 
 
 def run_training(args: Settings) -> None:
     """Load, measure, train, measure."""
     began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
-    given, test = (task.examples(split, args) for split in ("train", "test"))
+    rows = args.prompts_per_update * args.group_size
+    args.rollout_batch = min(args.rollout_batch, -(-rows // world_size()))  # at most a process's share
+    if world_size() > 1 and (args.rollout_batch % args.group_size or rows % (world_size() * args.rollout_batch)):
+        raise BadInput(f"--rollout_batch must divide {rows} / {world_size()}, a process's share, and hold whole groups")
+    given, test = task.examples("train", args), task.examples("test", args)
     asked = {task.question.format(**example) for example in test}
     examples, test = [e for e in given if task.question.format(**e) not in asked], test[: args.eval_examples or None]
     if not examples:
         raise BadInput(f"all {len(given)} training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
-    # Frozen weights are in bfloat16, those that are trained in float32.
-    half = args.device.startswith("cuda") and args.lora_rank > 0
+    half = args.lora_rank > 0 and args.device.startswith("cuda")  # frozen weights; those that are trained never are
     model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
     merge_lora(model)  # if it is an adapter, a new one goes on top of it
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        file, part = run / "settings.json", run / "part-settings.json"
-        file.touch(exist_ok=bool(args.resume))  # fails if another run has begun here; from now on it is ours
-        part.write_text(json.dumps(asdict(args), indent=1))
-        part.replace(file)  # all of it or nothing, whenever the process is killed
-    saved, both = checkpoints(run), len(given) - len(examples)
-    start = f"going on from {saved[-1]}" if saved else f"in {run}"
-    print(f"{args.task}: {args.model}, {model.num_parameters():,} weights on {args.device}; seed {args.seed}; {start}")
+        (run / "settings.json").touch(exist_ok=bool(args.resume))  # fails if another run has begun here
+        (run / "part.json").write_text(json.dumps(asdict(args), indent=1))
+        (run / "part.json").replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
+    start, size, both = newest(run), model.num_parameters(), len(given) - len(examples)
+    where = f"in {run}" if start == run else f"going on from {start}"
+    print(f"{args.task}: {args.model}, {size:,} weights on {args.device}; seed {args.seed}; {where}")
     print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} were both: not trained on")
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
             pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]
             pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
             save_model(model, tokenizer, run / "base")
-        if world_size() > 1:
-            dist.barrier()
+        mean_over_ranks({"pretrained": 1})  # the others wait here
         model, _, _ = load_model(str(run / "base"), args.device)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)
 
     shared = {id(p): p for p in model.parameters()} if args.lora_rank else {}  # LoRA leaves these weights as they are
     ref_model = copy.deepcopy(model, memo=shared).requires_grad_(False) if args.beta > 0 else None
-    if args.lora_rank and saved:
-        load_lora(model, saved[-1])
+    if start != run and args.lora_rank:
+        load_lora(model, start)
+    elif start != run:
+        model, _, _ = load_model(str(start), args.device)
     elif args.lora_rank:
         add_lora(model, args.lora_rank)
-    elif saved:
-        model = None  # there may not be room for two
-        model, _, _ = load_model(str(saved[-1]), args.device)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
@@ -1263,11 +1247,10 @@ def run_training(args: Settings) -> None:
         print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run}/metrics.jsonl")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     args = parse_settings(argv)
-    start_processes(args)
     try:
-        check_settings(args)
+        prepare(args)
         run_training(args)
     except (BadInput, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         what = (str(error) or "stopped").splitlines()[0]
@@ -1275,10 +1258,7 @@ def main(argv: list[str] | None = None) -> None:
             what = "out of memory: lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
         go_on = f"; to go on: --resume {args.output_dir}" * (Path(args.output_dir) / "settings.json").exists()
         sys.exit(f"agrpo.py: {what}{go_on}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -208,7 +208,9 @@ def parse_options(argv: list[str] | None = None) -> Options:
         raise agrpo.BadInput(f"--plot is a .png, .pdf or .svg file, not {args.plot}")
     settings = {name: getattr(args, name) for name in SHARED} | {"temperature": args.temperature or 1.0}
     settings |= {"model": args.checkpoint, "steps": args.steps[0], "eval_steps": args.steps}
-    agrpo.check_settings(Settings(**settings))
+    settings = Settings(**settings)
+    agrpo.prepare(settings)
+    args.device = settings.device
     return args
 
 
@@ -216,7 +218,6 @@ def main(argv: list[str] | None = None) -> None:
     claimed = []
     try:
         args = parse_options(argv)
-        agrpo.start_processes(args)
         models = {"trained": args.checkpoint} | ({"base": args.base} if args.base else {})
         for checkpoint in models.values():
             agrpo.find_checkpoint(checkpoint)
@@ -238,8 +239,6 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         for file in [file for file in claimed if not file.stat().st_size]:
             file.unlink()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

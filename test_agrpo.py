@@ -859,7 +859,7 @@ REFUSED = {
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
     "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
     "--model .": "/config.json'", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
-    "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math-verify",
+    "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math_verify",
     "--task gsm8k": "give --data FOLDER, or run plain `python agrpo.py`: no route",
     "--task countdown": "give --model FOLDER, or run plain `python agrpo.py`: no route",
     "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
