@@ -92,12 +92,11 @@ class Rollout:
     logp: Tensor  # (B, C) float32 (float64 for a float64 model), nats, of the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) likewise, summed over U_t: a metric, and its width says what T is
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, padded with -1; 0 where step is -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, filled up with -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Logits at the given positions only: the head never sees the rest. (N, n, V) in the model's dtype, differentiable.
-
+    """Logits (N, n, V) at the given positions only, in the model's dtype: the head never sees the rest.
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64, for Dream
     above 0. Raises ValueError where padding is not on the left."""
     head = output_head(model)
@@ -118,7 +117,7 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 def output_head(model) -> torch.nn.Module:
     """The layer that makes logits of hidden states. Raises ValueError for what would be silently wrong: RoBERTa counts
     positions otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap, dropout is on.
-    is_causal needs transformers 5.2. A class of your own needs a base_model, a config, and a cls or lm_head."""
+    is_causal needs transformers 5.2. Your own class needs base_model, config, and cls or lm_head."""
     name, library = type(model).__name__, type(model).__module__.split(".")[0]
     known = name in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     bert, config = hasattr(model, "cls"), model.config
@@ -127,7 +126,7 @@ def output_head(model) -> torch.nn.Module:
         raise ValueError(f"{name} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
     for m in model.modules():
         if m.training and (m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)):
-            raise ValueError("dropout is on, so that no two passes agree: call model.eval()")
+            raise ValueError("dropout is on: call model.eval()")
     return model.cls if bert else model.lm_head
 
 
@@ -137,8 +136,8 @@ without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """The ids left by top-k, then top-p among those (nucleus sampling, arXiv 1904.09751): at least one, never mask_id.
-    logits (..., V). Returns (..., K) int64, filled up with -1; None where nothing is cut. K is top_k, or for top-p
-    alone 1,024, to bound the memory."""
+    logits (..., V). Returns (..., K) int64, filled up with -1, or None where nothing is cut. K is top_k, or 1,024 for
+    top-p alone, to bound the memory."""
     if not top_k and top_p >= 1:
         return None
     top, kept = without_mask(logits, mask_id).topk(min(top_k or 1024, logits.shape[-1]), dim=-1)
@@ -151,19 +150,17 @@ def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, t
 
 
 def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor | None = None) -> Tensor:
-    """Log-probabilities of the policy, in nats: a softmax at a temperature over all ids but mask_id, or over kept.
-    logits (..., V); kept (..., K) from `truncate`. Returns (..., V), or (..., K) in the order of kept, at least
-    float32. Sampler and estimator both call this: one policy, one definition."""
+    """log p of the policy, in nats: a softmax at a temperature over all ids but mask_id, or over kept of `truncate`.
+    logits (..., V), kept (..., K). Returns (..., V), or (..., K) in the order of kept, at least float32."""
     if kept is None:
         logits = without_mask(at_least_float32(logits), mask_id)
     else:
         logits = at_least_float32(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
-    return (logits / (temperature or 1.0)).log_softmax(-1)  # at temperature 0 one id is kept: its log p is 0 at any
+    return (logits / (temperature or 1.0)).log_softmax(-1)  # temperature 0: one id is kept, its log p is 0
 
 
 def tokens_per_step(completion_length: int, block_length: int, steps: int) -> list[int]:
-    """How many tokens each step inside a block unmasks, the same for every block. 8 tokens in 3 steps: [3, 3, 2].
-    Raises ValueError where blocks do not divide the completion, or steps do not spread evenly over the blocks."""
+    """How many tokens each step inside a block unmasks: 8 in 3 steps, [3, 3, 2]. ValueError where they do not fit."""
     blocks, rest = divmod(completion_length, block_length)
     if rest:
         raise ValueError(f"block length {block_length} does not divide completion length {completion_length}")
@@ -180,13 +177,12 @@ def sample(
 ) -> Rollout:  # fmt: skip
     """Complete each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt and prompt_mask as in Rollout, the G rows of a group side by side; generator on the model's device.
-    Inside a block each step unmasks `tokens_per_step` of the positions that are still masked:
+    prompt, prompt_mask as in Rollout, each prompt G times in a row (repeat_interleave); generator on the model's device.
+    Each step unmasks `tokens_per_step` of the positions of its block that are still masked:
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi - const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the rest are masked again.
     temperature 0 is greedy, with nothing to learn from. A row whose whole block is EOS has ended and leaves the batch;
-    eos_id may be a list of EOS tokens, the last of which fills the rest, or None. Raises ValueError for settings that
-    do not fit together."""
+    eos_id may be a list, the last of which fills the rest, or None. Raises ValueError where settings do not fit."""
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
     if not temperature >= 0 or not prompt_mask.any(1).all():
@@ -196,7 +192,7 @@ def sample(
         temperature, top_k = 1.0, 1  # greedy is a choice from one
     B, C, device, prompt_mask = len(prompt), completion_length, prompt.device, prompt_mask.bool()
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=device).view(-1)
-    padding = int(prompt_mask.any(0).int().argmax())  # columns on the left that no prompt needs
+    padding = int(prompt_mask.any(0).int().argmax())  # columns that no prompt needs
     ids = torch.cat([prompt[:, padding:], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
     attention_mask = torch.cat([prompt_mask[:, padding:], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
     P = ids.shape[1] - C
@@ -206,9 +202,8 @@ def sample(
 
     rows, t = torch.arange(B, device=device), 0  # the R rows that have not ended
     for start in range(0, C, block_length):
-        # Unmasking at random is going through the block in a random order.
-        noise = torch.rand(len(rows), block_length, generator=generator, device=device)
-        masked = start + noise.argsort(1)  # (R, number still masked), positions of the block
+        # Positions of the block, (R, number still masked). Unmasking at random goes through them in a random order.
+        masked = start + torch.rand(len(rows), block_length, generator=generator, device=device).argsort(1)
         for count in per_step:
             place = masked[:, :count] if unmasking == "random" else masked  # (R, n)
             logits = logits_at(model, ids[rows], attention_mask[rows], P + place)  # (R, n, V)
@@ -219,7 +214,7 @@ def sample(
             token = pick if choices is None else choices.gather(-1, pick)  # (R, n, 1)
             token_entropy = torch.special.entr(logps.exp()).sum(-1)  # (R, n)
 
-            # Record it. In low-confidence unmasking the rest is masked again, and replaced when it stays.
+            # All n are recorded; those that low confidence masks again are recorded anew when they stay.
             row = rows[:, None]
             completion[row, place] = token.squeeze(-1)
             step[row, place] = t
@@ -227,7 +222,7 @@ def sample(
             if choices is not None:
                 kept = prompt.new_zeros(B, C, choices.shape[-1]) if kept is None else kept
                 kept[row, place] = choices
-            if unmasking == "low_confidence":  # confidence is the probability at temperature 1, untruncated
+            if unmasking == "low_confidence":  # confidence: p at temperature 1, untruncated
                 confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token).squeeze(-1)
                 order = confidence.argsort(1, descending=True)
                 masked, token_entropy = masked.gather(1, order), token_entropy.gather(1, order)
@@ -243,8 +238,8 @@ def sample(
     return Rollout(prompt, prompt_mask, completion, step, logp, entropy, num_steps, kept)
 
 
-# ===== 2. Estimator.  log pi = sum_t f(t) + const, f(t) = sum_{j in U_t} log p_theta(o_j | q, s_t) ====================
-#                       = E[ sum over the k drawn t of f(t) / inclusion(t) ] + const
+# ===== 2. Estimator.  log pi - const = sum_t f(t) = E[ sum over drawn t of f(t) / inclusion(t) ] ======================
+# f(t) = sum_{j in U_t} log p_theta(o_j | q, s_t)
 
 
 def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, generator=None) -> tuple[Tensor, Tensor]:
@@ -252,7 +247,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
     num_steps (B,) int64. proposal (B, T), of any scale, finite and above 0 at each row's own steps; None is uniform.
     generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps, which has no float64).
-    Raises ValueError for another proposal, and for a k that is not 1, 2, 3 ...
+    Raises ValueError for another proposal, or a k that is not 1, 2, 3 ...
 
     inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
     weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8. Laid end to
@@ -266,7 +261,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     What is cut off at 1 goes to the row's other steps. So a row of at most k steps gets each once with weight 1: the
     exact sum. Its unused draws have weight 0 and need no pass."""
     if k < 1 or k % 1:
-        raise ValueError(f"the number of timesteps drawn must be whole and at least 1, not {k}")
+        raise ValueError(f"k must be whole and at least 1, not {k}")
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
     if proposal is None:
         proposal = torch.ones(len(num_steps), int(num_steps.max()))
@@ -286,7 +281,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
     points = torch.arange(k) + torch.rand(num_steps.shape, generator=generator, dtype=torch.float64)  # (B, k)
     steps = torch.searchsorted(inclusion.cumsum(1), points, right=True)  # (B, k)
-    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))  # where rounding, or k > num_steps, put a point behind all
+    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))  # where rounding or k > num_steps led beyond
     weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
@@ -295,12 +290,11 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
     """Draw (row, step) pairs, k per row on average: `draw_timesteps`, with all steps of all rows laid end to end.
 
     A pair is drawn in proportion to magnitude (B,) times proposal (B, T): where one answer of a group is right, the
-    G - 1 others have small advantages and need few passes. Returns, on the CPU, rows, steps int64 and weights float64,
-    (N,) each: sum_n weights[n] f(rows[n], steps[n]) is unbiased for the sum of f over all pairs. Rows of magnitude 0
-    take no part, in the sum and in k."""
+    G - 1 others have small advantages and need few passes. Rows of magnitude 0 take no part. Returns, on the CPU,
+    rows, steps (N,) int64 and weights (N,) float64: weights @ f(rows, steps) is unbiased for the sum of f."""
     magnitude, num_steps = magnitude.cpu(), num_steps.cpu()
-    active = magnitude.nonzero().squeeze(1)  # (R,), the rows that take part
-    which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
+    active = magnitude.nonzero().squeeze(1)  # (R,)
+    which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,)
     rows = active[which]
     # Rotate each row's steps at random, or even points hit equal rows at the same steps: unbiased, but noisy.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
@@ -313,7 +307,6 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
 
 def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
     """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, with sum 1.
-
     The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
     factor of at most sqrt(2): tokens that the policy was sure of teach little. Some uniform keeps weights small."""
     doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)  # (B, C)
@@ -326,14 +319,13 @@ def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
 def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float):
     """log p_theta(o_j | q, s_t) of the tokens that step t unmasked, under the model as it is: a pass per (row, step).
     rows, steps (N,) int64, N >= 1. Returns logp (N, C), nats, differentiable, 0 outside U_t; and U_t as (N, C) bool.
-    temperature must be the sampler's, or the ratio means nothing; truncation is in Rollout.kept."""
-    padding = int(rollout.prompt_mask[rows].any(0).int().argmax())  # the columns that no prompt of these rows needs
+    temperature must be the sampler's, or the ratio means nothing."""
+    padding = int(rollout.prompt_mask[rows].any(0).int().argmax())  # columns that none of these rows needs
     prompt, prompt_mask = (x[rows, padding:] for x in (rollout.prompt, rollout.prompt_mask))
     step, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
     unmasked = step == t  # (N, C)
     state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
     input_ids, attention_mask = torch.cat([prompt, state], 1), torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
-
     n = int(unmasked.sum(1).max())  # a step that unmasked fewer than n tokens is filled up with other positions
     place = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n), those unmasked first
     logits = logits_at(model, input_ids, attention_mask, prompt.shape[1] + place)  # (N, n, V)
@@ -347,7 +339,7 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
 
 def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal=None, generator=None):
     """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
-    Exact where num_steps <= k. Training sums the clipped objective in place of log p, in `policy_gradient`."""
+    Exact where num_steps <= k. `policy_gradient` sums the clipped objective in place of log p."""
     steps, weights = draw_timesteps(rollout.num_steps, k, proposal, generator)
     row, draw = weights.nonzero(as_tuple=True)  # (N,) each: one flat list of (row, step) pairs
     logp, _ = step_logps(model, rollout, row, steps[row, draw], mask_id=mask_id, temperature=temperature)  # (N, C)
@@ -359,7 +351,6 @@ def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature:
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = False) -> Tensor:
     """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300). (B,), as are rewards, groups side by side.
-
     Each reward is part of its own baseline, which scales the expected gradient by 1 - 1/G. Dividing by the group's
     standard deviation, GRPO's habit, biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
     Raises ValueError where rewards make no whole groups."""
@@ -368,7 +359,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
         raise ValueError(f"rewards {tuple(rewards.shape)} do not split into groups of {group_size}; 2 is the least")
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)  # (B / G, G)
     equal = (groups == groups[:, :1]).all(1, keepdim=True)
-    advantage = (groups - groups.mean(1, keepdim=True)).masked_fill(equal, 0)  # exactly 0, however the mean was rounded
+    advantage = (groups - groups.mean(1, keepdim=True)).masked_fill(equal, 0)  # whatever rounding made of the mean
     if scale_by_std:
         advantage = advantage / (groups.std(1, keepdim=True) + 1e-4)
     return advantage.view(-1)
@@ -389,25 +380,25 @@ def policy_gradient(
     proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
     beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Add to .grad the gradient of -J (see the top of this file), estimated from the pairs of `draw_pairs`.
+    """Add to .grad the gradient of -J, estimated from the pairs of `draw_pairs`.
 
     advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
     logp.detach()) is 1, with the gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). micro_batch:
-    pairs in memory at once. generator on the CPU. Train float32 weights: Adam's small steps vanish in bfloat16.
-    Returns loss, an estimate of -J (near 0 on policy, whatever is learned); clip_ratio and kl, plain means over the
-    tokens evaluated: to watch, not unbiased. Raises ValueError for another length_norm, for beta > 0 without a
-    ref_model of its own, for advantages that are not B finite numbers."""
+    pairs in memory at once. proposal, generator: see `draw_timesteps`. Train float32 weights: Adam's small steps vanish
+    in bfloat16. Returns loss, an estimate of -J (near 0 on policy, whatever is learned); clip_ratio and kl, means over
+    the tokens evaluated: to watch, not unbiased. Raises ValueError for another length_norm, beta > 0 without a
+    ref_model of its own, advantages that are not B finite numbers."""
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model in (None, model):
-        raise ValueError("beta > 0 needs ref_model, a copy of the model as it was before training")
+        raise ValueError("beta > 0 needs ref_model, a copy of the model before training")
     B, T = rollout.entropy.shape
     advantage = torch.as_tensor(advantage).detach().to(rollout.logp)
     if advantage.shape != (B,) or not advantage.isfinite().all():
-        raise ValueError(f"advantage must be {B} finite numbers, one for each row")
+        raise ValueError(f"advantage must be {B} finite numbers")
     length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
     magnitude = (advantage.abs() + beta) / length
-    if not magnitude.any():  # no advantage: no gradient, so no pass
+    if not magnitude.any():  # no gradient, so no pass
         return {"loss": 0.0, "clip_ratio": 0.0, "kl": 0.0}
     rows, steps, weights = draw_pairs(rollout.num_steps, magnitude, k, proposal, generator)  # (N,) each
     weights = (weights / (B * length.cpu()[rows])).to(rollout.logp.dtype)
@@ -417,8 +408,7 @@ def policy_gradient(
     for r, t, w in zip(*pairs):
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
-        A = advantage[r, None]
-        objective = clipped_objective(logp, old_logp, A, eps_low, eps_high)
+        objective = clipped_objective(logp, old_logp, advantage[r, None], eps_low, eps_high)
         rho, kl = (logp - old_logp).exp(), torch.zeros_like(logp)
         if beta > 0:  # rho times k3: the old policy drew the tokens (DeepSeek-V3.2, arXiv 2512.02556)
             with torch.no_grad():
@@ -427,7 +417,8 @@ def policy_gradient(
             kl = rho * (d.expm1() - d)
         loss = -(w[:, None] * (objective - beta * kl) * unmasked).sum()
         loss.backward()
-        total += torch.stack([loss.detach(), (objective != rho * A).sum(), kl.detach().sum(), unmasked.sum()])
+        clipped = objective != rho * advantage[r, None]
+        total += torch.stack([loss.detach(), clipped.sum(), kl.detach().sum(), unmasked.sum()])
     loss, clipped, kl, tokens = total.tolist()
     return {"loss": loss, "clip_ratio": clipped / tokens, "kl": kl / tokens}
 
