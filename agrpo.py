@@ -90,9 +90,9 @@ class Rollout:
     completion: Tensor  # (B, C) int64; where step is -1, the last of eos_id
     step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had already ended
     logp: Tensor  # (B, C) float32 (float64 for a float64 model), nats, of the policy that sampled; 0 where step is -1
-    entropy: Tensor  # (B, T) likewise, summed over U_t: a metric, and its width says what T is
+    entropy: Tensor  # (B, T) likewise, summed over U_t: a metric; its width is T
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, filled up with -1; 0 where step is -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, then -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -118,12 +118,11 @@ def output_head(model) -> torch.nn.Module:
     """The layer that makes logits of hidden states. Raises ValueError for what would be silently wrong: RoBERTa counts
     positions otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap, dropout is on.
     is_causal needs transformers 5.2. Your own class needs base_model, config, and cls or lm_head."""
-    name, library = type(model).__name__, type(model).__module__.split(".")[0]
-    known = name in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    bert, config = hasattr(model, "cls"), model.config
+    kind, config, bert = type(model), model.config, hasattr(model, "cls")
+    known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     causal = getattr(config, "is_decoder", False) if bert else getattr(config, "is_causal", True)
-    if causal or not known and library in ("transformers", "peft", "torch"):
-        raise ValueError(f"{name} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
+    if causal or not known and kind.__module__.startswith(("transformers.", "peft.", "torch.")):
+        raise ValueError(f"{kind.__name__} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
     for m in model.modules():
         if m.training and (m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)):
             raise ValueError("dropout is on: call model.eval()")
@@ -136,6 +135,7 @@ without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
     """The ids left by top-k, then top-p among those (nucleus sampling, arXiv 1904.09751): at least one, never mask_id.
+
     logits (..., V). Returns (..., K) int64, filled up with -1, or None where nothing is cut. K is top_k, or 1,024 for
     top-p alone, to bound the memory."""
     if not top_k and top_p >= 1:
@@ -177,7 +177,7 @@ def sample(
 ) -> Rollout:  # fmt: skip
     """Complete each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt, prompt_mask as in Rollout, each prompt G times in a row (repeat_interleave); generator on the model's device.
+    prompt, prompt_mask as in Rollout, each G times in a row (repeat_interleave); generator on the model's device.
     Each step unmasks `tokens_per_step` of the positions of its block that are still masked:
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi - const.
       unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the rest are masked again.
@@ -247,7 +247,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
     num_steps (B,) int64. proposal (B, T), of any scale, finite and above 0 at each row's own steps; None is uniform.
     generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps, which has no float64).
-    Raises ValueError for another proposal, or a k that is not 1, 2, 3 ...
+    Raises ValueError for another proposal, or k not in 1, 2, 3 ...
 
     inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
     weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8. Laid end to
@@ -307,8 +307,8 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
 
 def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
     """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, with sum 1.
-    The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
-    factor of at most sqrt(2): tokens that the policy was sure of teach little. Some uniform keeps weights small."""
+    That is the length of onehot(token) - p, the gradient of log p(token) in the logits, up to a factor of at most
+    sqrt(2): tokens that the policy was sure of teach little. Some uniform keeps weights small."""
     doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)  # (B, C)
     surprise = torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt).cpu().double()
     taken = (torch.arange(surprise.shape[1]) < rollout.num_steps.cpu()[:, None]).double()  # (B, T)
@@ -331,7 +331,7 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
     logits = logits_at(model, input_ids, attention_mask, prompt.shape[1] + place)  # (N, n, V)
     token = completion.gather(1, place)[..., None]  # (N, n, 1)
     kept = None if rollout.kept is None else rollout.kept[rows[:, None], place]  # (N, n, K)
-    index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among the V ids, or the K kept
+    index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among V ids, or K kept
     logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
     logps = logps.masked_fill(~unmasked.gather(1, place), 0)
     return logps.new_zeros(unmasked.shape).scatter(1, place, logps), unmasked
@@ -352,7 +352,7 @@ def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature:
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = False) -> Tensor:
     """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300). (B,), as are rewards, groups side by side.
     Each reward is part of its own baseline, which scales the expected gradient by 1 - 1/G. Dividing by the group's
-    standard deviation, GRPO's habit, biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
+    standard deviation biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
     Raises ValueError where rewards make no whole groups."""
     rewards = torch.as_tensor(rewards)
     if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
