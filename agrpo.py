@@ -84,25 +84,22 @@ from tqdm import tqdm
 
 @dataclass
 class Rollout:
-    """B completions, each with the trajectory that led to it. A float64 model has float64 logp and entropy."""
+    """B completions with their trajectories: the state s_t is the completion where 0 <= step < t, masks elsewhere."""
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
-    completion: Tensor  # (B, C) int64; from where the row had ended, the last of eos_id
+    completion: Tensor  # (B, C) int64; where step is -1, the last of eos_id
     step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had already ended
-    logp: Tensor  # (B, C) float32, nats, under the policy that sampled; 0 where step is -1
-    entropy: Tensor  # (B, T) float32, nats, summed over U_t: a metric, and its width says what T is
+    logp: Tensor  # (B, C) float32 (float64 for a float64 model), nats, of the policy that sampled; 0 where step is -1
+    entropy: Tensor  # (B, T) likewise, summed over U_t: a metric; its width is T
     num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
-    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, padded with -1; 0 where step is -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, then -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Logits at the given positions only: the head never sees the rest of the sequence.
-
-    input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64 in [0, L), for
-    Dream (config.logits_shift = 1) in [1, L). Returns (N, n, V) in the model's dtype, differentiable. Raises ValueError
-    where padding is not on the left, or `output_head` does.
-    """
+    """Logits (N, n, V) at the given positions only, in the model's dtype: the head never sees the rest.
+    input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64, for Dream
+    above 0. Raises ValueError where padding is not on the left."""
     head = output_head(model)
     if attention_mask is not None:
         input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
@@ -114,35 +111,34 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
             raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
         options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
     hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
-    positions = positions - getattr(model.config, "logits_shift", 0)  # Dream's logits at i - 1 are about position i
+    positions = positions - getattr(model.config, "logits_shift", 0)  # 1 for Dream: its logits at i - 1 are about i
     return head(hidden[row[:, None], positions])
 
 
 def output_head(model) -> torch.nn.Module:
-    """What makes logits of hidden states: `cls` of a BertForMaskedLM; `lm_head` of a Llama, Qwen2 or Qwen3 with
-    config.is_causal = False, which needs transformers 5.2. A class of your own needs the like, a config, a base_model.
-
-    Raises ValueError for other classes of libraries, as some would be silently wrong (RoBERTa counts positions
-    otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap), and where dropout is on.
-    """
-    kind, config, head = type(model), model.config, getattr(model, "cls", None) or getattr(model, "lm_head", None)
-    foreign = kind.__module__.split(".")[0] in ("transformers", "peft", "torch")
-    known = {"BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-    causal = getattr(config, "is_decoder", False) if hasattr(model, "cls") else getattr(config, "is_causal", True)
-    if foreign and kind.__name__ not in known or head is None or causal:
+    """The layer that makes logits of hidden states. Raises ValueError for what would be silently wrong: RoBERTa counts
+    positions otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap, dropout is on.
+    is_causal needs transformers 5.2. Your own class needs base_model, config, and cls or lm_head."""
+    kind, config, bert = type(model), model.config, hasattr(model, "cls")
+    known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    causal = getattr(config, "is_decoder", False) if bert else getattr(config, "is_causal", True)
+    if causal or not known and kind.__module__.startswith(("transformers.", "peft.", "torch.")):
         raise ValueError(f"{kind.__name__} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
-    dropout = lambda m: m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)
-    if any(m.training and dropout(m) for m in model.modules()):
-        raise ValueError("dropout is on, so that no two passes agree: call model.eval(), or build the model without")
-    return head
+    for m in model.modules():
+        if m.training and (m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)):
+            raise ValueError("dropout is on: call model.eval()")
+    return model.cls if bert else model.lm_head
+
+
+at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
+without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device=x.device) == mask_id, -math.inf)
 
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
-    """The ids left to choose from after top-k, then top-p (nucleus sampling, arXiv 1904.09751) among those.
+    """The ids left by top-k, then top-p among those (nucleus sampling, arXiv 1904.09751): at least one, never mask_id.
 
-    logits (..., V). Returns (..., K) int64, -1 in unused places; None where nothing is cut. K = top_k, or, with top_p
-    alone, 1,024: no more ids than that are kept, to bound the memory. At least one is; mask_id never is.
-    """
+    logits (..., V). Returns (..., K) int64, filled up with -1, or None where nothing is cut. K is top_k, or 1,024 for
+    top-p alone, to bound the memory."""
     if not top_k and top_p >= 1:
         return None
     top, kept = without_mask(logits, mask_id).topk(min(top_k or 1024, logits.shape[-1]), dim=-1)
@@ -155,34 +151,23 @@ def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, t
 
 
 def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor | None = None) -> Tensor:
-    """Log-probabilities of the policy: a softmax at a temperature over all ids but mask_id, or over the kept ids.
-
-    logits (..., V); kept (..., K) int64 from `truncate`. Returns (..., V), or (..., K) in the order of kept, in nats;
-    float32, or float64 for float64 logits. The sampler and the estimator both call this: one policy, one definition.
-    """
+    """log p of the policy, in nats: a softmax at a temperature over all ids but mask_id, or over kept of `truncate`.
+    logits (..., V), kept (..., K). Returns (..., V), or (..., K) in the order of kept, at least float32."""
     if kept is None:
         logits = without_mask(at_least_float32(logits), mask_id)
     else:
         logits = at_least_float32(logits.gather(-1, kept.clamp(min=0))).masked_fill(kept < 0, -math.inf)
-    return (logits / (temperature or 1.0)).log_softmax(-1)  # at temperature 0 one id is kept, whose log p is 0
-
-
-at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
-without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device=x.device) == mask_id, -math.inf)
+    return (logits / (temperature or 1.0)).log_softmax(-1)  # temperature 0: one id is kept, its log p is 0
 
 
 def tokens_per_step(completion_length: int, block_length: int, steps: int) -> list[int]:
-    """How many tokens each step inside a block unmasks, the same for every block. 8 tokens in 3 steps: [3, 3, 2].
-
-    Raises ValueError where blocks do not divide the completion, or steps do not spread evenly over the blocks.
-    """
+    """How many tokens each step inside a block unmasks: 8 in 3 steps, [3, 3, 2]. ValueError where they do not fit."""
     blocks, rest = divmod(completion_length, block_length)
     if rest:
         raise ValueError(f"block length {block_length} does not divide completion length {completion_length}")
     if steps % blocks or not blocks <= steps <= completion_length:
         raise ValueError(f"{steps} steps must be a multiple of {blocks} blocks and at most {completion_length} tokens")
-    each, rest = divmod(block_length, steps // blocks)
-    return [each + (step < rest) for step in range(steps // blocks)]
+    return [len(part) for part in torch.arange(block_length).tensor_split(steps // blocks)]
 
 
 @torch.no_grad()
@@ -191,18 +176,14 @@ def sample(
     temperature: float, unmasking: str, mask_id: int, eos_id: int | list[int] | None, top_k: int = 0, top_p=1.0,
     generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
-    """Generate one completion for each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
+    """Complete each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt (B, P) int64, padded on the left, each G times, side by side, for its group (repeat_interleave);
-    prompt_mask (B, P) bool, False on padding; generator on the model's device.
-    Inside a block each step unmasks `tokens_per_step` of the positions that are still masked:
+    prompt, prompt_mask as in Rollout, each G times in a row (repeat_interleave); generator on the model's device.
+    Each step unmasks `tokens_per_step` of the positions of its block that are still masked:
       unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi - const.
-      unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the others (of low
-                                  confidence) are masked again.
-    temperature 0 is greedy, with nothing to learn from. A row has ended when its whole block is EOS: it leaves the
-    batch and takes no further steps (with eos_id None, never). eos_id may be a list: a block of any of them ends the
-    row, the last fills the rest. mask_id is never sampled. Raises ValueError for settings that do not fit together.
-    """
+      unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the rest are masked again.
+    temperature 0 is greedy, with nothing to learn from. A row whose whole block is EOS has ended and leaves the batch;
+    eos_id may be a list, the last of which fills the rest, or None. Raises ValueError where settings do not fit."""
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
     if not temperature >= 0 or not prompt_mask.any(1).all():
@@ -212,63 +193,62 @@ def sample(
         temperature, top_k = 1.0, 1  # greedy is a choice from one
     B, C, device, prompt_mask = len(prompt), completion_length, prompt.device, prompt_mask.bool()
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=device).view(-1)
-    P = prompt.shape[1] - int(prompt_mask.any(0).int().argmax())  # the longest prompt; all left of it is padding
-    ids = torch.cat([prompt[:, prompt.shape[1] - P :], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
-    attention_mask = torch.cat([prompt_mask[:, prompt.shape[1] - P :], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
+    padding = int(prompt_mask.any(0).int().argmax())  # columns that no prompt needs
+    ids = torch.cat([prompt[:, padding:], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
+    attention_mask = torch.cat([prompt_mask[:, padding:], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
+    P = ids.shape[1] - C
+    completion = ids[:, P:]  # a view: what is written here is in ids
     step, num_steps, kept = prompt.new_full((B, C), -1), prompt.new_zeros(B), None
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    logp, entropy = (torch.zeros(B, n, dtype=dtype, device=device) for n in (C, steps))
+    logp, entropy = (at_least_float32(next(model.parameters()).new_zeros(B, n)) for n in (C, steps))
 
     rows, t = torch.arange(B, device=device), 0  # the R rows that have not ended
     for start in range(0, C, block_length):
-        # Unmasking at random is going through the block in a random order.
-        noise = torch.rand(len(rows), block_length, generator=generator, device=device)
-        remaining = start + noise.argsort(1)  # (R, number still masked), positions of the block
+        # Positions of the block, (R, number still masked). Unmasking at random goes through them in a random order.
+        masked = start + torch.rand(len(rows), block_length, generator=generator, device=device).argsort(1)
         for count in per_step:
-            evaluated = remaining[:, :count] if unmasking == "random" else remaining  # (R, n)
-            logits = logits_at(model, ids[rows], attention_mask[rows], P + evaluated)  # (R, n, V)
+            place = masked[:, :count] if unmasking == "random" else masked  # (R, n)
+            logits = logits_at(model, ids[rows], attention_mask[rows], P + place)  # (R, n, V)
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
             gumbel = -torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log()
             pick = (logps + gumbel).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
-            token = (pick if choices is None else choices.gather(-1, pick)).squeeze(-1)  # (R, n)
-            token_logp = logps.gather(-1, pick).squeeze(-1)
-            token_entropy = torch.special.entr(logps.exp()).sum(-1)
+            token = pick if choices is None else choices.gather(-1, pick)  # (R, n, 1)
+            token_entropy = torch.special.entr(logps.exp()).sum(-1)  # (R, n)
 
-            if unmasking == "low_confidence":  # most confident first; confidence is at temperature 1, untruncated
-                confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token[..., None]).squeeze(-1)
-                best = torch.arange(len(rows), device=device)[:, None], confidence.argsort(1, descending=True)
-                remaining, token = remaining[best], token[best]
-                token_logp, token_entropy = token_logp[best], token_entropy[best]
-                choices = None if choices is None else choices[best]
-
-            row, place = rows[:, None], remaining[:, :count]  # (R, 1), (R, count)
-            remaining = remaining[:, count:]
-            ids[row, P + place] = token[:, :count]
+            # All n are recorded; those that low confidence masks again are recorded anew when they stay.
+            row = rows[:, None]
+            completion[row, place] = token.squeeze(-1)
             step[row, place] = t
-            logp[row, place] = token_logp[:, :count]
-            entropy[rows, t] = token_entropy[:, :count].sum(1)
+            logp[row, place] = logps.gather(-1, pick).squeeze(-1)
             if choices is not None:
                 kept = prompt.new_zeros(B, C, choices.shape[-1]) if kept is None else kept
-                kept[row, place] = choices[:, :count]
+                kept[row, place] = choices
+            if unmasking == "low_confidence":  # confidence: p at temperature 1, untruncated
+                confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token).squeeze(-1)
+                order = confidence.argsort(1, descending=True)
+                masked, token_entropy = masked.gather(1, order), token_entropy.gather(1, order)
+                completion[row, masked[:, count:]] = mask_id
+            entropy[rows, t] = token_entropy[:, :count].sum(1)
+            masked = masked[:, count:]
             t += 1
         num_steps[rows] = t
-        rows = rows[~torch.isin(ids[rows, P + start : P + start + block_length], ends).all(1)]
+        rows = rows[~torch.isin(completion[rows, start : start + block_length], ends).all(1)]
         if len(rows) == 0:
             break
-    completion = torch.where(step < 0, ends[-1], ids[:, P:]) if len(ends) else ids[:, P:]
+    completion = torch.where(step < 0, ends[-1], completion) if len(ends) else completion
     return Rollout(prompt, prompt_mask, completion, step, logp, entropy, num_steps, kept)
 
 
-# ===== 2. Estimator.  log pi = sum_t f(t) + const, f(t) = sum_{j in U_t} log p_theta(o_j | q, s_t) ====================
-#                       = E[ sum over the k drawn t of f(t) / inclusion(t) ] + const
+# ===== 2. Estimator.  log pi - const = sum_t f(t) = E[ sum over drawn t of f(t) / inclusion(t) ] ======================
+# f(t) = sum_{j in U_t} log p_theta(o_j | q, s_t)
 
 
 def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, generator=None) -> tuple[Tensor, Tensor]:
     """Draw k timesteps for each row; sum_d weights[d] f(steps[d]) is unbiased for the sum of f(t) over t < num_steps.
 
-    num_steps (B,) int64. proposal (B, T) nonnegative, of any scale, positive on each row's own steps; None = uniform.
-    generator on the CPU. Returns steps (B, k) int64 and weights (B, k) float64 (float32 on mps, which has no float64).
+    num_steps (B,) int64. proposal (B, T), of any scale, finite and above 0 at each row's own steps; None is uniform.
+    generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps, which has no float64).
+    Raises ValueError for another proposal, or k not in 1, 2, 3 ...
 
     inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
     weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8. Laid end to
@@ -279,17 +259,16 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
     Points at x and 1 + x, x uniform on [0, 1), hit each step as often as its length says, none twice (systematic
     sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8.
-    What an inclusion would have beyond 1 goes to the row's other steps. So a row of at most k steps gets each of them
-    once with weight 1: the exact sum. Its unused draws have weight 0 and need no pass.
-    Raises ValueError where k is no whole number or a proposal is negative, not finite, or 0 at a step of its row.
-    """
+    What is cut off at 1 goes to the row's other steps. So a row of at most k steps gets each once with weight 1: the
+    exact sum. Its unused draws have weight 0 and need no pass."""
     if k < 1 or k % 1:
-        raise ValueError(f"the number of timesteps drawn must be whole and at least 1, not {k}")
+        raise ValueError(f"k must be whole and at least 1, not {k}")
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
-    B, T = len(num_steps), int(num_steps.max()) if proposal is None else proposal.shape[1]
-    taken = torch.arange(T) < num_steps  # (B, T)
-    density = taken.double() if proposal is None else proposal.detach().cpu().double() * taken
-    if (num_steps > T).any() or (taken & (density <= 0)).any() or (density < 0).any() or not density.isfinite().all():
+    if proposal is None:
+        proposal = torch.ones(len(num_steps), int(num_steps.max()))
+    taken = torch.arange(proposal.shape[1]) < num_steps  # (B, T)
+    density = proposal.detach().cpu().double() * taken
+    if (num_steps > proposal.shape[1]).any() or (taken & (density <= 0)).any() or not density.isfinite().all():
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
 
     certain = taken & (num_steps <= k)  # (B, T): these get inclusion 1, the others share the rest, until none exceeds 1
@@ -301,27 +280,24 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
             break
         certain |= inclusion > 1
 
-    points = torch.arange(k) + torch.rand(B, 1, generator=generator, dtype=torch.float64)  # (B, k)
+    points = torch.arange(k) + torch.rand(num_steps.shape, generator=generator, dtype=torch.float64)  # (B, k)
     steps = torch.searchsorted(inclusion.cumsum(1), points, right=True)  # (B, k)
-    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))
+    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))  # where rounding or k > num_steps led beyond
     weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw k R (row, step) pairs, R the rows of magnitude above 0, from all their steps laid end to end as one row.
+    """Draw (row, step) pairs, k per row on average: `draw_timesteps`, with all steps of all rows laid end to end.
 
-    A pair is drawn in proportion to its row's magnitude (B,), nonnegative, not all 0, times proposal (B, T), which is
-    as in `draw_timesteps`. `policy_gradient` gives (|A_i| + beta) / L_i: a group with one right completion in G has one
-    large advantage and G - 1 small ones, for which few passes will do.
-    Returns rows, steps int64 and weights float64, (N,) each with N <= k R, on the CPU: sum_n weights[n] f(rows[n],
-    steps[n]) is unbiased for the sum of f over all pairs of these rows.
-    """
+    A pair is drawn in proportion to magnitude (B,) times proposal (B, T): where one answer of a group is right, the
+    G - 1 others have small advantages and need few passes. Rows of magnitude 0 take no part. Returns, on the CPU,
+    rows, steps (N,) int64 and weights (N,) float64: weights @ f(rows, steps) is unbiased for the sum of f."""
     magnitude, num_steps = magnitude.cpu(), num_steps.cpu()
     active = magnitude.nonzero().squeeze(1)  # (R,)
-    which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,): all pairs
+    which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,)
     rows = active[which]
-    # Rotate each row's steps at random; else even points hit equal rows at the same steps: unbiased, but noisy.
+    # Rotate each row's steps at random, or even points hit equal rows at the same steps: unbiased, but noisy.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
@@ -331,12 +307,9 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | 
 
 
 def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
-    """Where to draw: at steps of much surprise, 1 - p(token) summed over the tokens that the step unmasked.
-
-    The gradient of log p(token) with respect to the logits is onehot(token) - p, whose length is 1 - p(token) up to a
-    factor of at most sqrt(2): there is little to learn from tokens that the policy was sure of. Some uniform is mixed
-    in, so that no weight is huge. Returns (B, T) float64 on the CPU, which adds up to 1 over all steps that were taken.
-    """
+    """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, with sum 1.
+    That is the length of onehot(token) - p, the gradient of log p(token) in the logits, up to a factor of at most
+    sqrt(2): tokens that the policy was sure of teach little. Some uniform keeps weights small."""
     doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)  # (B, C)
     surprise = torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt).cpu().double()
     taken = (torch.arange(surprise.shape[1]) < rollout.num_steps.cpu()[:, None]).double()  # (B, T)
@@ -346,36 +319,28 @@ def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
 
 def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float):
     """log p_theta(o_j | q, s_t) of the tokens that step t unmasked, under the model as it is: a pass per (row, step).
-
-    rows (N,) and steps (N,) int64, N >= 1 pairs. Returns logp (N, C), nats, 0 elsewhere, differentiable; and unmasked
-    (N, C) bool: U_t. The temperature must be the sampler's, or the ratio means nothing; truncation is in Rollout.kept.
-    """
-    padding = int(rollout.prompt_mask[rows].any(0).int().argmax())  # the columns that no prompt of these rows needs
+    rows, steps (N,) int64, N >= 1. Returns logp (N, C), nats, differentiable, 0 outside U_t; and U_t as (N, C) bool.
+    temperature must be the sampler's, or the ratio means nothing."""
+    padding = int(rollout.prompt_mask[rows].any(0).int().argmax())  # columns that none of these rows needs
     prompt, prompt_mask = (x[rows, padding:] for x in (rollout.prompt, rollout.prompt_mask))
-    P = prompt.shape[1]
     step, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
     unmasked = step == t  # (N, C)
     state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
-
+    input_ids, attention_mask = torch.cat([prompt, state], 1), torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
     n = int(unmasked.sum(1).max())  # a step that unmasked fewer than n tokens is filled up with other positions
-    evaluated = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n), those unmasked first
-    attention_mask = torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
-    logits = logits_at(model, torch.cat([prompt, state], 1), attention_mask, P + evaluated)  # (N, n, V)
-
-    token = completion.gather(1, evaluated)[..., None]  # (N, n, 1)
-    kept = None if rollout.kept is None else rollout.kept[rows[:, None], evaluated]  # (N, n, K)
-    index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among the V ids, or the K kept
+    place = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n), those unmasked first
+    logits = logits_at(model, input_ids, attention_mask, prompt.shape[1] + place)  # (N, n, V)
+    token = completion.gather(1, place)[..., None]  # (N, n, 1)
+    kept = None if rollout.kept is None else rollout.kept[rows[:, None], place]  # (N, n, K)
+    index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among V ids, or K kept
     logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
-    logps = logps.masked_fill(~unmasked.gather(1, evaluated), 0)
-    return logps.new_zeros(unmasked.shape).scatter(1, evaluated, logps), unmasked
+    logps = logps.masked_fill(~unmasked.gather(1, place), 0)
+    return logps.new_zeros(unmasked.shape).scatter(1, place, logps), unmasked
 
 
 def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal=None, generator=None):
     """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
-
-    Exact for rows with num_steps <= k. proposal and generator as in `draw_timesteps`. Training does not call this:
-    `policy_gradient` sums the clipped objective in place of log p, over the draws of `draw_pairs`.
-    """
+    Exact where num_steps <= k. `policy_gradient` sums the clipped objective in place of log p."""
     steps, weights = draw_timesteps(rollout.num_steps, k, proposal, generator)
     row, draw = weights.nonzero(as_tuple=True)  # (N,) each: one flat list of (row, step) pairs
     logp, _ = step_logps(model, rollout, row, steps[row, draw], mask_id=mask_id, temperature=temperature)  # (N, C)
@@ -386,29 +351,24 @@ def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature:
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300).
-
-    rewards (B,), groups side by side; returns (B,). Each reward is part of its own baseline, which scales the expected
-    gradient by 1 - 1/G. Dividing by the group's standard deviation is GRPO's habit; it biases the gradient
-    towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783). Raises ValueError where rewards make no whole groups.
-    """
+    """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300). (B,), as are rewards, groups side by side.
+    Each reward is part of its own baseline, which scales the expected gradient by 1 - 1/G. Dividing by the group's
+    standard deviation biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
+    Raises ValueError where rewards make no whole groups."""
     rewards = torch.as_tensor(rewards)
     if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards {tuple(rewards.shape)} do not split into groups of {group_size}; 2 is the least")
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)  # (B / G, G)
-    advantage = groups - groups.mean(1, keepdim=True)
     equal = (groups == groups[:, :1]).all(1, keepdim=True)
-    advantage = advantage.masked_fill(equal, 0)  # exactly 0, whatever rounding made of the mean
+    advantage = (groups - groups.mean(1, keepdim=True)).masked_fill(equal, 0)  # whatever rounding made of the mean
     if scale_by_std:
         advantage = advantage / (groups.std(1, keepdim=True) + 1e-4)
     return advantage.view(-1)
 
 
 def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low=0.2, eps_high=0.2) -> Tensor:
-    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), elementwise, to be maximized (PPO, arXiv 1707.06347).
-
-    rho = exp(logp - old_logp). All three broadcast together; differentiable in logp.
-    """
+    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = exp(logp - old_logp), elementwise, to be maximized
+    (PPO, arXiv 1707.06347). All three broadcast together."""
     ratio = (logp - old_logp).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
@@ -421,46 +381,44 @@ def policy_gradient(
     proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
     beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Add to .grad the gradient of -J (see the top of this file), estimated from the pairs of `draw_pairs`.
+    """Add to .grad the gradient of -J, estimated from the pairs of `draw_pairs`.
 
     advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
-    logp.detach()) is 1, with the gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). ref_model:
-    the reference, for beta > 0. proposal and generator (on the CPU) as in `draw_timesteps`; temperature as in sampling.
-    At most micro_batch (row, step) pairs are in memory at once. Returns loss, an estimate of -J (near 0 on policy,
-    whatever is learned), and clip_ratio and kl, plain means over the tokens evaluated: to watch, not unbiased. Train
-    weights in float32: Adam's small steps vanish in bfloat16. Raises ValueError for another length_norm, beta > 0
-    without a ref_model of its own, advantages that are not B finite numbers.
-    """
+    logp.detach()) is 1, with the gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). micro_batch:
+    pairs in memory at once. proposal, generator: see `draw_timesteps`. Train float32 weights: Adam's small steps vanish
+    in bfloat16. Returns loss, an estimate of -J (near 0 on policy, whatever is learned); clip_ratio and kl, means over
+    the tokens evaluated: to watch, not unbiased. Raises ValueError for another length_norm, beta > 0 without a
+    ref_model of its own, advantages that are not B finite numbers."""
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model in (None, model):
-        raise ValueError("beta > 0 needs ref_model, a copy of the model as it was before training")
+        raise ValueError("beta > 0 needs ref_model, a copy of the model before training")
     B, T = rollout.entropy.shape
     advantage = torch.as_tensor(advantage).detach().to(rollout.logp)
     if advantage.shape != (B,) or not advantage.isfinite().all():
-        raise ValueError(f"advantage must be {B} finite numbers, one for each row")
+        raise ValueError(f"advantage must be {B} finite numbers")
     length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
     magnitude = (advantage.abs() + beta) / length
-    if not magnitude.any():  # no advantage: no gradient, so no pass
+    if not magnitude.any():  # no gradient, so no pass
         return {"loss": 0.0, "clip_ratio": 0.0, "kl": 0.0}
     rows, steps, weights = draw_pairs(rollout.num_steps, magnitude, k, proposal, generator)  # (N,) each
     weights = (weights / (B * length.cpu()[rows])).to(rollout.logp.dtype)
 
     total = rollout.logp.new_zeros(4)
-    for start in range(0, len(rows), micro_batch):
-        r, t, w = (x[start : start + micro_batch].to(advantage.device) for x in (rows, steps, weights))
-        A = advantage[r, None]
+    pairs = (x.to(advantage.device).split(micro_batch) for x in (rows, steps, weights))
+    for r, t, w in zip(*pairs):
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
-        objective, kl = clipped_objective(logp, old_logp, A, eps_low, eps_high), torch.zeros_like(logp)
+        objective = clipped_objective(logp, old_logp, advantage[r, None], eps_low, eps_high)
+        rho, kl = (logp - old_logp).exp(), torch.zeros_like(logp)
         if beta > 0:  # rho times k3: the old policy drew the tokens (DeepSeek-V3.2, arXiv 2512.02556)
             with torch.no_grad():
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             d = ref_logp - logp
-            kl = (logp - old_logp).exp() * (d.expm1() - d)
+            kl = rho * (d.expm1() - d)
         loss = -(w[:, None] * (objective - beta * kl) * unmasked).sum()
         loss.backward()
-        clipped = objective != (logp - old_logp).exp() * A
+        clipped = objective != rho * advantage[r, None]
         total += torch.stack([loss.detach(), clipped.sum(), kl.detach().sum(), unmasked.sum()])
     loss, clipped, kl, tokens = total.tolist()
     return {"loss": loss, "clip_ratio": clipped / tokens, "kl": kl / tokens}
