@@ -634,14 +634,14 @@ no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: non
 
 
 class BadInput(ValueError):
-    """What was given cannot work. agrpo.py and eval.py print the message and end."""
+    """What was given cannot work: agrpo.py and eval.py end with the message."""
 
 
 @dataclass
 class Task:
     question: str  # a template over an example, which is a dict
     is_right: Callable  # (example, answer) -> bool
-    columns: dict  # key of an example -> (pattern, whose group it is; names of the column in data sets)
+    columns: dict  # key of an example -> (pattern with it as a group, names of its column)
     hub: dict | None = None  # split -> data set
     create: Callable | None = None  # (split, seed) -> examples
     plain: str | None = None  # in place of question for a model without a chat template
@@ -668,12 +668,12 @@ class Task:
         except Exception as error:  # noqa: BLE001 - each format has errors of its own
             raise BadInput(f"{files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
         examples = []
-        for row in rows.to_list():
+        for n, row in enumerate(rows.to_list(), start=1):
             examples.append({})
             for key, (pattern, *names) in self.columns.items():
                 value = next((row[name] for name in names if row.get(name) is not None), "")
                 if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
-                    raise BadInput(f"{files[0]}, row {len(examples)}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
+                    raise BadInput(f"{files[0]}, row {n}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
                 examples[-1][key] = match[1]
         return examples
 
@@ -716,18 +716,17 @@ def sudoku_picture(example: dict, completion: str) -> str:
 
 
 def sudoku_create(split: str, seed: int) -> list[dict]:
-    """240 of the 288 grids are to train on, 48 to test on. To "pretrain" on, 4 in 5 puzzles are of Latin squares, whose
-    boxes do not matter, so that there is something left to learn. Most puzzles have several solutions."""
-    rows = ["".join(row) for row in itertools.permutations("1234")]
-    halves = [a + b for a in rows for b in rows if all(x != y for x, y in zip(a, b))]
-    latin = [a + b for a in halves for b in halves if all(len({*(a + b)[i::4]}) == 4 for i in range(4))]
+    """240 of the 288 grids are to train on, 48 to test on. Four in five puzzles to "pretrain" on are of Latin squares,
+    whose boxes do not matter: they are left to learn."""
+    rows, latin = ["".join(row) for row in itertools.permutations("1234")], [""]
+    for _ in range(4):
+        latin = [a + row for a in latin for row in rows if all(x not in a[i::4] for i, x in enumerate(row))]
     grids = random.Random("grids").sample([x for x in latin if sudoku_credit({"puzzle": "0" * 16}, x) == 1], 288)
     train, test = grids[:240], grids[240:]
     cut = {"train": train * 64, "test": test * 8, "pretrain": 22 * train + 40 * [x for x in latin if x not in test]}
     rng = random.Random("test puzzles" if split == "test" else f"{seed} {split} puzzles")
-    drawn = [(grid, rng.sample(range(16), rng.randint(12, 14))) for grid in cut[split]]
-    hide = lambda grid, blanks: "".join("0" if i in blanks else grid[i] for i in range(16))
-    return [{"puzzle": hide(grid, blanks), "solution": grid} for grid, blanks in drawn]
+    hide = lambda grid, blank: "".join("0" if i in blank else grid[i] for i in range(16))
+    return [{"puzzle": hide(grid, rng.sample(range(16), rng.randint(12, 14))), "solution": grid} for grid in cut[split]]
 
 
 def countdown_create(split: str, seed: int) -> list[dict]:
@@ -759,7 +758,7 @@ boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") ==
 
 def arithmetic(expression: str) -> Fraction | None:
     """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
-    with contextlib.suppress(Exception):  # whatever is no such expression
+    with contextlib.suppress(Exception):
         allowed = re.fullmatch(r"[0-9+\-*/()\s]{1,100}", expression)[0]
         return worth(ast.parse(" ".join(allowed.split()), mode="eval").body)
 
@@ -782,7 +781,7 @@ def single_number(text: str) -> Fraction | None:
 
 
 def math_right(example: dict, answer: str) -> bool:
-    r"""Whether math-verify finds what \boxed{} holds equal to the solution's, within seconds (not so for 9^{9^9})."""
+    r"""Whether math-verify finds what \boxed{} holds equal to the solution's, in a second: 9^{9^9} is not."""
     lib, texts = importlib.import_module("math_verify"), (example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}")
     return lib.verify(*(lib.parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
 
