@@ -781,9 +781,10 @@ def single_number(text: str) -> Fraction | None:
 
 
 def math_right(example: dict, answer: str) -> bool:
-    r"""Whether math-verify finds what \boxed{} holds equal to the solution's, in a second: 9^{9^9} is not."""
-    lib, texts = importlib.import_module("math_verify"), (example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}")
-    return lib.verify(*(lib.parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
+    r"""Whether math-verify, given a second, finds what \boxed{} holds equal to the solution's; 9^{9^9} takes longer."""
+    library = importlib.import_module("math_verify")
+    texts = example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}"
+    return library.verify(*(library.parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
 
 
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
