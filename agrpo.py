@@ -49,6 +49,7 @@ exactly 1; every sampled token counts (official: none behind the last non-EOS to
 
 import ast
 import atexit
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -592,95 +593,80 @@ no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: non
 
 
 class BadInput(ValueError):
-    """What was given cannot work. The message says why and what to do; agrpo.py and eval.py print it and end."""
+    """What was given cannot work: agrpo.py and eval.py end with the message."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """An example is a dict; question and plain are templates over it. A model with a chat template is asked the
-    question; one without is shown plain, if there is one, and writes the answer alone."""
-
-    question: str
-    is_right: Callable[[dict, str], bool]  # (example, answer)
-    columns: dict[str, tuple[str, str]]  # field of an example -> (column of a data set, what its values look like)
-    hub: dict[str, str] | None = None  # split -> data set
-    create: Callable[[str, int], list[dict]] | None = None  # (split, seed) -> examples, where there is no --data
-    plain: str | None = None
-    credit: Callable[[dict, str], float] = lambda example, answer: 0.0  # partial credit, from 0 to 1
-    picture: Callable[[dict, str], str] = lambda example, completion: completion
+    question: str  # a template over an example, which is a dict
+    is_right: Callable  # (example, answer) -> bool
+    columns: dict  # key of an example -> (pattern with it as a group, names of its column)
+    hub: dict | None = None  # split -> data set
+    create: Callable | None = None  # (split, seed) -> examples
+    plain: str | None = None  # in place of question for a model without a chat template
+    credit: Callable = lambda example, answer: 0.0  # partial credit, from 0 to 1
+    picture: Callable = lambda example, completion: completion
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
-        """Examples of a split: from --data; made here, if there is no --data or no train* in it; or from the hub."""
-        lacks = lambda folder: split == "train" and folder.exists() and not any(folder.rglob("train*"))
-        if self.create and (not args.data or lacks(Path(args.data))):
+        """From --data or the task's data set; made here if there is neither, or if it has no train* to train on."""
+        source = args.data or (self.hub and self.hub[split])
+        place = source and local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
+        if self.create and (not place or (split == "train" and not any(place.rglob("train*")))):
             return self.create(split, args.seed)
-        return read_rows(args.data or self.hub[split], split, self.columns)
+        import datasets  # here, as it takes 85 MB
+
+        datasets.disable_progress_bars()
+        name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
+        found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
+        files = sorted(str(file) for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name))
+        if len(files) != int((re.findall(r"-of-(\d+)\.", str(files)) or [1])[0]):
+            raise BadInput(f"{source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
+        kind = Path(files[0]).suffix[1:].removesuffix("l")
+        text = {"converters": {name: str for _, *names in self.columns.values() for name in names}}  # 01 is not 1
+        try:
+            rows = datasets.load_dataset(kind, data_files=files, split="train", **(text if kind == "csv" else {}))
+        except Exception as error:  # noqa: BLE001 - each format has errors of its own
+            raise BadInput(f"{files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
+        examples = []
+        for n, row in enumerate(rows.to_list(), start=1):
+            examples.append({})
+            for key, (pattern, *names) in self.columns.items():
+                value = next((row[name] for name in names if row.get(name) is not None), "")
+                if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
+                    raise BadInput(f"{files[0]}, row {n}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
+                examples[-1][key] = match[1]
+        return examples
 
     def prompt(self, example: dict, tokenizer, answer_format: str = "tags") -> str:
         question = BOXED if answer_format == "boxed" and self.question == TAGS else self.question
         if not tokenizer.chat_template:
             return (self.plain or question).format(**example)
         chat = [{"role": "user", "content": question.format(**example)}]
-        options = {"add_generation_prompt": True, "enable_thinking": False}  # the latter is Qwen3's
-        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
     def grade(self, example: dict, completion: str) -> tuple[float, bool]:
         """(reward, whether the answer is right): 3 if it is, partial credit, 0.5 a pair of tags (as official)."""
-        answer, tags = answer_in(completion), [inside_tags(completion, tag) for tag in ("reasoning", "answer")]
+        answer = answer_in(completion)
         right = self.is_right(example, answer)
-        return 3 * right + self.credit(example, answer) + 0.5 * sum(text is not None for text in tags), right
+        pairs = [re.findall(f"</?{tag}>", completion) == [f"<{tag}>", f"</{tag}>"] for tag in ("reasoning", "answer")]
+        return 3 * right + self.credit(example, answer) + 0.5 * sum(pairs), right
 
 
 def answer_in(completion: str) -> str:
     """What stands in <answer>...</answer>; all of the completion if it has no such tag; nothing if it has others."""
-    return inside_tags(completion, "answer") or ("" if re.search("</?answer>", completion) else completion.strip())
-
-
-def inside_tags(text: str, tag: str) -> str | None:
-    """What stands between <tag> and </tag>; None unless each occurs exactly once, in this order."""
-    parts = re.split(f"(</?{tag}>)", text)
-    return parts[2].strip() if parts[1::2] == [f"<{tag}>", f"</{tag}>"] else None
-
-
-def read_rows(source: str, split: str, columns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
-    """Examples from a file (to test on), a folder of train.* and test.* or of their shards, or a hub id. Columns as in
-    `Task`: "a|b" is a or b; where a pattern has a group, that is the value."""
-    import datasets  # here, as it takes 85 MB
-
-    datasets.disable_progress_bars()
-    place = local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
-    name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
-    found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
-    files = sorted(str(file) for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name))
-    if len(files) != int((re.findall(r"-of-(\d+)\.", str(files)) or [1])[0]):
-        raise BadInput(f"--data {source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
-    kind = Path(files[0]).suffix[1:].removesuffix("l")
-    text = {name: str for column, _ in columns.values() for name in column.split("|")}  # keeps the zeros of "01"
-    try:
-        options = {"converters": text} if kind == "csv" else {}
-        table = datasets.load_dataset(kind, data_files=files, split="train", **options)
-    except Exception as error:  # noqa: BLE001 - each format has errors of its own
-        raise BadInput(f"--data {files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
-    rows = []
-    for n, row in enumerate(table.to_list(), start=1):
-        rows.append({})
-        for key, (column, pattern) in columns.items():
-            value = next((row[name] for name in column.split("|") if row.get(name) is not None), "")
-            match = re.fullmatch(pattern, str(value).strip(), re.DOTALL)
-            if not match:
-                raise BadInput(f"--data {files[0]}, row {n}: no {column} like {pattern} in {row!r:.100}")
-            rows[-1][key] = match[match.lastindex or 0]
-    return rows
+    match re.split("(</?answer>)", completion):
+        case [answer] | [_, "<answer>", answer, "</answer>", _]:
+            return answer.strip()
+    return ""
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
     """The share of rows, columns and boxes that hold 1 to 4 once; 0 if it is not 16 cells that keep the clues."""
-    cells = "".join(answer.split())  # row by row
-    if len(cells) != 16 or not all(clue in ("0", cell) for clue, cell in zip(example["puzzle"], cells)):
-        return 0.0
-    rows, columns = [cells[i : i + 4] for i in (0, 4, 8, 12)], [cells[i::4] for i in range(4)]
-    boxes = [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
-    return sum(set(unit) == set("1234") for unit in rows + columns + boxes) / 12
+    cells = "".join(answer.split())
+    units = [cells[i : i + 4] for i in (0, 4, 8, 12)] + [cells[i::4] for i in range(4)]
+    units += [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
+    kept = re.fullmatch(example["puzzle"].replace("0", "."), cells)
+    return sum(set(unit) == set("1234") for unit in units) / 12 if kept else 0.0
 
 
 def sudoku_picture(example: dict, completion: str) -> str:
@@ -690,25 +676,20 @@ def sudoku_picture(example: dict, completion: str) -> str:
 
 
 def sudoku_create(split: str, seed: int) -> list[dict]:
-    """Puzzles of 12 to 14 blanks; most have several solutions, all of them right. 240 of the 288 grids are to train on
-    (64 puzzles each, drawn with the seed), 48 to test on (8 each, always the same). Four in five of those to "pretrain"
-    on are cut from Latin squares, whose boxes don't matter, without the 48: so the base has to learn what is wanted."""
-    lines = ["".join(line) for line in itertools.permutations("1234")]
-    halves = [a + b for a in lines for b in lines if all(x != y for x, y in zip(a, b))]
-    latin = [a + b for a in halves for b in halves if all(len({*(a + b)[i::4]}) == 4 for i in range(4))]
-    grids = [square for square in latin if sudoku_credit({"puzzle": "0" * 16}, square) == 1]
-    grids = random.Random("grids").sample(grids, 288)
+    """240 of the 288 grids are to train on, 48 to test on. Four in five puzzles to "pretrain" on are of Latin squares,
+    whose boxes do not matter: they are left to learn."""
+    rows, latin = ["".join(row) for row in itertools.permutations("1234")], [""]
+    for _ in range(4):
+        latin = [a + row for a in latin for row in rows if all(x not in a[i::4] for i, x in enumerate(row))]
+    grids = random.Random("grids").sample([x for x in latin if sudoku_credit({"puzzle": "0" * 16}, x) == 1], 288)
     train, test = grids[:240], grids[240:]
     cut = {"train": train * 64, "test": test * 8, "pretrain": 22 * train + 40 * [x for x in latin if x not in test]}
-    rng, puzzles = random.Random("test puzzles" if split == "test" else f"{seed} {split} puzzles"), []
-    for grid in cut[split]:
-        blank = rng.sample(range(16), rng.randint(12, 14))
-        puzzles.append({"puzzle": "".join("0" if i in blank else grid[i] for i in range(16)), "solution": grid})
-    return puzzles
+    rng = random.Random("test puzzles" if split == "test" else f"{seed} {split} puzzles")
+    hide = lambda grid, blank: "".join("0" if i in blank else grid[i] for i in range(16))
+    return [{"puzzle": hide(grid, rng.sample(range(16), rng.randint(12, 14))), "solution": grid} for grid in cut[split]]
 
 
 def countdown_create(split: str, seed: int) -> list[dict]:
-    """Three numbers and the value of an expression of them: 4,096 to train on, drawn with the seed, 256 to test on."""
     rng, problems = random.Random(f"{seed} countdown" if split == "train" else "countdown test"), []
     while len(problems) < (4096 if split == "train" else 256):
         a, b, c = (rng.randint(1, 99) for _ in range(3))
@@ -721,40 +702,25 @@ def countdown_create(split: str, seed: int) -> list[dict]:
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether it is an expression of the target from exactly the given numbers; "= target" may follow it."""
-    expression, equals, target = plainly(answer).partition("=")
+    expression = re.sub(rf"=\s*{example['target']}\s*$", "", plainly(answer))
     given, used = (sorted(re.findall("[0-9]+", text)) for text in (example["numbers"], expression))
-    said = not equals or target.strip() == example["target"]
-    return said and used == given and arithmetic(expression) == int(example["target"])
+    return used == given and arithmetic(expression) == int(example["target"])
 
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+worth = lambda n: OPERATIONS[type(n.op)](worth(n.left), worth(n.right)) if hasattr(n, "op") else Fraction(n.value)
+SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐-–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
+NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
+ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
+BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") == 1 else ""  # what the only box holds
 
 
 def arithmetic(expression: str) -> Fraction | None:
     """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
-
-    if not re.fullmatch(r"[0-9+\-*/()\s]{1,100}", expression):
-        return None
-    try:
-        return value(ast.parse(" ".join(expression.split()), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, KeyError, AttributeError):  # the last two: 2 ** 3, 2(3), -2
-        return None
-
-
-def boxed(text: str) -> str | None:
-    r"""What the only \boxed{...} of a text holds, with up to two braces inside one another."""
-    found = re.findall(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text)
-    return found[0] if len(found) == text.count("\\boxed{") == 1 else None
-
-
-SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐-–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
-NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
-ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
+    with contextlib.suppress(Exception):
+        allowed = re.fullmatch(r"[0-9+\-*/()\s]{1,100}", expression)[0]
+        return worth(ast.parse(" ".join(allowed.split()), mode="eval").body)
 
 
 def plainly(answer: str) -> str:
@@ -766,9 +732,8 @@ def plainly(answer: str) -> str:
 
 
 def single_number(text: str) -> Fraction | None:
-    """The only number in a text: 1,234 and $1234.00 and 1234 apples are the same. None for several, for one with an
-    operator or function, for over 100 characters. The power of a unit (m^2) is no number; 72 thousand is 72."""
-    text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))
+    """The only number in a text, be it 1,234 or $1234.00 or 1234 apples; None for several, or one in a formula."""
+    text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))  # m^2
     found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
     if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
         return None
@@ -776,12 +741,11 @@ def single_number(text: str) -> Fraction | None:
 
 
 def math_right(example: dict, answer: str) -> bool:
-    r"""Whether math-verify finds what is in \boxed{} equal to the solution's; the text around it is not looked at."""
+    r"""Whether math-verify, given a second, finds what \boxed{} holds equal to the solution's; 9^{9^9} takes longer."""
     from math_verify import parse, verify
 
-    texts = example["solution"], f"\\boxed{{{(boxed(answer) or '')[:500]}}}"
-    gold, found = (parse(text, parsing_timeout=1) for text in texts)  # a second: 9^{9^9} must not hold up a group
-    return verify(gold, found, timeout_seconds=1)
+    texts = example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}"
+    return verify(*(parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
 
 
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
@@ -792,25 +756,18 @@ TASKS = {
         "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
         "is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>.",
         lambda example, answer: sudoku_credit(example, answer) == 1,
-        {"puzzle": ("Puzzle", "[0-4]{16}"), "solution": ("Solution", "[1-4]{16}")},
-        create=sudoku_create, plain="{puzzle}", credit=sudoku_credit, picture=sudoku_picture,
-    ),
+        {"puzzle": ("([0-4]{16})", "Puzzle"), "solution": ("([1-4]{16})", "Solution")},
+        create=sudoku_create, plain="{puzzle}", credit=sudoku_credit, picture=sudoku_picture),
     "countdown": Task(
         "Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, / and "
-        "parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9.",
-        countdown_right,
-        {"numbers": ("input|nums", r"\[?([0-9]+(?:[, ]+[0-9]+)+)\]?"), "target": ("output|target", "[0-9]+")},
-        create=countdown_create,
-    ),
-    "gsm8k": Task(  # arXiv 2110.14168
-        TAGS, lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
-        {"question": ("question", ".+"), "gold": ("answer", r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")},
-        {"train": "openai/gsm8k", "test": "openai/gsm8k"},
-    ),
-    "math": Task(  # arXiv 2103.03874
-        TAGS, math_right, {"question": ("problem", ".+"), "solution": ("solution", r".*\\boxed.*")},
-        {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"},
-    ),
+        "parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9.", countdown_right,
+        {"numbers": (r"\[?([0-9]+(?:[, ]+[0-9]+)+)\]?", "input", "nums"), "target": ("([0-9]+)", "output", "target")},
+        create=countdown_create),
+    "gsm8k": Task(TAGS, lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
+        {"question": ("(.+)", "question"), "gold": (r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)", "answer")},
+        {"train": "openai/gsm8k", "test": "openai/gsm8k"}),  # arXiv 2110.14168
+    "math": Task(TAGS, math_right, {"question": ("(.+)", "problem"), "solution": (r"(.*\\boxed.*)", "solution")},
+        {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}),  # arXiv 2103.03874
 }  # fmt: skip
 
 

@@ -1016,7 +1016,7 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
 
 ROW = '{"question": "q", "answer": "#### 5"}\n'
 BAD_DATA = {
-    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like .+ in {'Question': 1"),
+    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like (.+) in {'Question': 1"),
     "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "not readable"),
     "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"),
     "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "row 2: no question"),
