@@ -470,20 +470,19 @@ def policy_gradient(
 
 def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
     """Train, from the run's newest checkpoint on. Random choices are seeded by (seed, purpose, update): a run that was
-    killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
+    killed ends as if it had not been, on a CPU bit for bit."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    start, state, log = 0, optimizer.state_dict(), run / "metrics.jsonl"
+    log, start = run / "metrics.jsonl", 0
     for folder in checkpoints(run)[-1:]:
         start = number(folder)
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split()
-            state["state"].setdefault(int(i), {})[name] = tensor
-        optimizer.load_state_dict(state)
+            optimizer.state[trained[int(i)]][name] = tensor if name == "step" else tensor.to(model.device)
     lines = log.read_bytes().splitlines(keepends=True)[:start] if start else []
     history = [*map(json.loads, lines)]
-    if rank() == 0 and log.exists():  # what came after the checkpoint is done again
-        os.truncate(log, sum(map(len, lines)))
+    if rank() == 0 and log.exists():
+        os.truncate(log, sum(map(len, lines)))  # what came after the checkpoint is done again
 
     report, count = lambda *_: None, args.prompts_per_update
     if rank() == 0 and args.report_to == "wandb":
@@ -516,7 +515,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                 proposal=defensive_proposal(rollout), generator=rng, length_norm=args.length_norm, beta=args.beta,
                 eps_low=args.eps_low, eps_high=args.eps_high, ref_model=ref_model, micro_batch=args.micro_batch,
             )  # fmt: skip
-            for p in trained:  # none has a gradient where nothing was to be learned
+            for p in trained:  # where there was nothing to learn, there is no gradient
                 p.grad = sum_over_ranks(torch.zeros_like(p) if p.grad is None else p.grad / world_size())
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (grad_norm.isfinite() and rollout.logp.isfinite().all()):
@@ -535,9 +534,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         history.append(metrics)
         if due(args.eval_every):
             metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
-            best = max(history, key=lambda row: row.get("eval_accuracy", -1))  # the first of equals
+            best = max(history, key=lambda row: row.get("eval_accuracy", -1))
             bar.write("best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(**best))
-            if best is metrics and rank() == 0:
+            if rank() == 0 and best is metrics and best["eval_accuracy"] > 0:
                 save_model(model, tokenizer, run / "best")
         if rank() == 0:
             report(metrics, done)
@@ -547,7 +546,6 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                 save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
                 for old in checkpoints(run)[:-2]:
                     shutil.rmtree(old)
-
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
         if due(max(1, args.max_steps // 20)):
@@ -592,7 +590,7 @@ seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(rand
 number = lambda folder: int(folder.name.removeprefix("checkpoint-"))
 checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
-sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # in place; it waits for all
+sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # all_reduce changes x, returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
