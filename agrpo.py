@@ -590,7 +590,7 @@ seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(rand
 number = lambda folder: int(folder.name.removeprefix("checkpoint-"))
 checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
-sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # all_reduce changes x, returns None
+sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # the former returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
