@@ -430,18 +430,34 @@ def policy_gradient(
 
 def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
     """Train, from the run's newest checkpoint on. Random choices are seeded by (seed, purpose, update): a run that was
-    killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
+    killed ends as if it had not been, on a CPU bit for bit."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    history, report, count = load_training_state(run, optimizer), reporter(args), args.prompts_per_update
-    order = []
-    for epoch in range(math.ceil(args.max_steps * count / len(examples))):  # each has every example once
-        order += random.Random(f"{args.seed} epoch {epoch}").sample(examples, len(examples))
+    log, start = run / "metrics.jsonl", 0
+    for folder in checkpoints(run)[-1:]:
+        start = number(folder)
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
+            i, name = key.split()
+            optimizer.state[trained[int(i)]][name] = tensor if name == "step" else tensor.to(model.device)
+    lines = log.read_bytes().splitlines(keepends=True)[:start] if start else []
+    history = [*map(json.loads, lines)]
+    if rank() == 0 and log.exists():
+        os.truncate(log, sum(map(len, lines)))  # what came after the checkpoint is done again
+
+    report, count = lambda *_: None, args.prompts_per_update
+    if rank() == 0 and args.report_to == "wandb":
+        report = importlib.import_module("wandb").init(project="agrpo", config=asdict(args)).log
+    if rank() == 0 and args.report_to == "tensorboard":
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(run)
+        report = lambda metrics, step: [board.add_scalar(name, value, step) for name, value in metrics.items()]
+    epochs = range(math.ceil(args.max_steps * count / len(examples)))  # each has every example once
+    order = [e for n in epochs for e in random.Random(f"{args.seed} epoch {n}").sample(examples, len(examples))]
     model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
-    bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
+    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=no_bar())
+    due = lambda every: every > 0 and (update + 1) % every == 0
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
-        chosen = [e for e in order[update * count : (update + 1) * count] for _ in range(args.group_size)]
+        chosen = [e for e in order[update * count :][:count] for _ in range(args.group_size)]
         batch, texts, rollout = generate(model, tokenizer, mask_id, task, chosen, args, (args.seed, "rollout", update))
 
         # Rewards and advantages.
@@ -456,14 +472,11 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             optimizer.zero_grad()
             metrics = policy_gradient(
                 model, rollout, advantage, k=args.k, mask_id=mask_id, temperature=args.temperature, on_policy=i == 0,
-                proposal=defensive_proposal(rollout), length_norm=args.length_norm, eps_low=args.eps_low,
-                eps_high=args.eps_high, beta=args.beta, ref_model=ref_model, micro_batch=args.micro_batch,
-                generator=rng,
+                proposal=defensive_proposal(rollout), generator=rng, length_norm=args.length_norm, beta=args.beta,
+                eps_low=args.eps_low, eps_high=args.eps_high, ref_model=ref_model, micro_batch=args.micro_batch,
             )  # fmt: skip
-            for p in trained:  # where nothing was to be learned there is no gradient: take part with zeros
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size()
-                if world_size() > 1:
-                    dist.all_reduce(p.grad)
+            for p in trained:  # where there was nothing to learn, there is no gradient
+                p.grad = sum_over_ranks(torch.zeros_like(p) if p.grad is None else p.grad / world_size())
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (grad_norm.isfinite() and rollout.logp.isfinite().all()):
                 raise FloatingPointError(f"update {update + 1} is not finite; lower --learning_rate or --beta")
@@ -471,56 +484,51 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
         # Metrics; those of the gradient are the last optimizer step's.
         done, std, tokens = update + 1, rewards.view(-1, args.group_size).std(1), (rollout.step >= 0).sum()
-        metrics = {"update": done} | mean_over_ranks(metrics | {
+        metrics |= {
             "reward": rewards.mean(), "reward_std": std.mean(), "frac_reward_zero_std": (std < 1e-6).float().mean(),
             "accuracy": right.mean(), "completion_length": tokens / len(batch), "grad_norm": grad_norm,
             "entropy": rollout.entropy.sum() / tokens, "learning_rate": learning_rate,
-        })  # fmt: skip
-        if args.eval_every and done % args.eval_every == 0:
-            metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
-        if rank() > 0:
-            continue
-        best = max((row.get("eval_accuracy", 0) for row in history), default=0)
+        }  # fmt: skip
+        sums = sum_over_ranks(torch.tensor([*map(float, metrics.values())], dtype=torch.float64))
+        metrics = {"update": done} | dict(zip(metrics, (sums / world_size()).tolist()))
         history.append(metrics)
-        report(metrics)
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if metrics.get("eval_accuracy", 0) > best:
-            save_model(model, tokenizer, run / "best")
-        if done % args.save_every == 0 or done == args.max_steps:
-            save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
-            for old in checkpoints(run)[:-2]:
-                shutil.rmtree(old)
+        if due(args.eval_every):
+            metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
+            best = max(history, key=lambda row: row.get("eval_accuracy", -1))
+            bar.write("best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(**best))
+            if rank() == 0 and best is metrics and best["eval_accuracy"] > 0:
+                save_model(model, tokenizer, run / "best")
+        if rank() == 0:
+            report(metrics, done)
+            with open(log, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if due(args.save_every) or done == args.max_steps:
+                save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
+                for old in checkpoints(run)[:-2]:
+                    shutil.rmtree(old)
         text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
         bar.set_postfix_str(text)
-        if bar.disable and done % max(1, args.max_steps // 20) == 0:  # a log: lines in place of a bar
-            print(f"update {done} of {args.max_steps}: {text}", flush=True)
-        if args.show_every and done % args.show_every == 0:
+        if due(max(1, args.max_steps // 20)):
+            bar.write(f"update {done} of {args.max_steps}: {text}")
+        if due(args.show_every):
             bar.write(f"\nupdate {done}: reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
-    if rank() == 0:
-        for name in ("reward", "accuracy"):
-            draw_curve(name, [row[name] for row in history])
-        best = max(history, key=lambda row: row.get("eval_accuracy", 0))
-        if best.get("eval_accuracy"):
-            print(f"  {run}/best is update {best['update']}, with accuracy {best['eval_accuracy']:.3f} in evaluation")
+        sys.stdout.flush()  # for those who watch a log file
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
     Each --rollout_batch has its own generator, from the key: texts do not depend on the number of processes.
-    Texts end before the first end token; what was sampled after it is trained on, not rewarded. changes override args.
-    """
+    Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    sampling = {name: getattr(args, name) for name in names} | {"mask_id": mask_id} | changes
+    ends, options = end_tokens(tokenizer), {name: getattr(args, name) for name in names} | changes
     prompts, mine, texts, rollouts = [task.prompt(e, tokenizer, args.answer_format) for e in examples], [], [], []
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     ids, mask = (encoded[name].to(model.device).split(args.rollout_batch) for name in ("input_ids", "attention_mask"))
-    ends = end_tokens(tokenizer)
     for n in range(rank(), len(ids), world_size()):
         rng = seeded_generator(model.device, *key, n)
-        rollouts.append(sample(model, ids[n], mask[n], eos_id=ends, generator=rng, **sampling))
+        rollouts.append(sample(model, ids[n], mask[n], mask_id=mask_id, eos_id=ends, generator=rng, **options))
         texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
         mine += examples[n * args.rollout_batch :][: args.rollout_batch]
     parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
@@ -529,52 +537,10 @@ def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args:
 
 def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
-    how = {"steps": steps} | ({"unmasking": "low_confidence", "temperature": 0.0} if greedy else {})
-    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), **how)
+    how = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
+    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **how)
     right = sum(right for _, right in map(task.grade, mine, texts))
-    return mean_over_ranks({"right": right})["right"] * world_size() / len(test)
-
-
-def load_training_state(run: Path, optimizer) -> list[dict]:
-    """Load the optimizer from the run's newest checkpoint; cut metrics.jsonl back to it and return what is left."""
-    log, done, state = run / "metrics.jsonl", 0, {}
-    for folder in checkpoints(run)[-1:]:
-        done = number(folder)
-        for key, tensor in load_file(folder / "optimizer.safetensors").items():
-            i, name = key.split()
-            state.setdefault(int(i), {})[name] = tensor
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    lines = log.read_bytes().splitlines(keepends=True)[:done] if done else []
-    if rank() == 0 and log.exists():
-        os.truncate(log, sum(map(len, lines)))
-    return [*map(json.loads, lines)]
-
-
-def reporter(args: "Settings") -> Callable[[dict], None]:
-    """What takes an update's metrics where --report_to says."""
-    if rank() == 0 and args.report_to == "wandb":
-        run = importlib.import_module("wandb").init(project="agrpo", config=asdict(args))
-        return lambda metrics: run.log(metrics, step=metrics["update"])
-    if rank() == 0 and args.report_to == "tensorboard":
-        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
-        return lambda metrics: [board.add_scalar(name, value, metrics["update"]) for name, value in metrics.items()]
-    return lambda metrics: None
-
-
-def mean_over_ranks(metrics: dict) -> dict[str, float]:
-    """Every process waits for the others here."""
-    values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64)
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return dict(zip(metrics, (values / world_size()).tolist()))
-
-
-def draw_curve(name: str, values: list[float], width: int = 64, height: int = 5) -> None:
-    """Print a metric against updates, in plain characters."""
-    columns = [float(part.mean()) for part in torch.tensor(values).tensor_split(min(width, len(values)))]
-    for level in range(height, 0, -1):
-        print("  |" + "".join(" #"[column > max(columns) * (level - 0.5) / height] for column in columns))
-    print(f"  {name} in updates 1 to {len(values)}; the highest column: {max(columns):.2f}\n")
+    return sum_over_ranks(torch.tensor(right)).item() / len(test)
 
 
 end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
@@ -584,6 +550,7 @@ seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(rand
 number = lambda folder: int(folder.name.removeprefix("checkpoint-"))
 checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
+sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # the former returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
