@@ -430,7 +430,7 @@ def policy_gradient(
 
 def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
     """Train, from the run's newest checkpoint on. Random choices are seeded by (seed, purpose, update): a run that was
-    killed ends as if it had not been, on a CPU bit for bit."""
+    killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
     log, start = run / "metrics.jsonl", 0
@@ -455,6 +455,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
     bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=no_bar())
     due = lambda every: every > 0 and (update + 1) % every == 0
+    best = lambda: max(history, key=lambda row: row.get("eval_accuracy", 0))  # the first of equals
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count :][:count] for _ in range(args.group_size)]
@@ -491,17 +492,15 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         }  # fmt: skip
         sums = sum_over_ranks(torch.tensor([*map(float, metrics.values())], dtype=torch.float64))
         metrics = {"update": done} | dict(zip(metrics, (sums / world_size()).tolist()))
-        history.append(metrics)
         if due(args.eval_every):
             metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
-            best = max(history, key=lambda row: row.get("eval_accuracy", -1))
-            bar.write("best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(**best))
-            if rank() == 0 and best is metrics and best["eval_accuracy"] > 0:
-                save_model(model, tokenizer, run / "best")
+        history.append(metrics)
         if rank() == 0:
             report(metrics, done)
             with open(log, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+            if best() is metrics and metrics.get("eval_accuracy"):
+                save_model(model, tokenizer, run / "best")
             if due(args.save_every) or done == args.max_steps:
                 save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
                 for old in checkpoints(run)[:-2]:
@@ -515,6 +514,15 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
         sys.stdout.flush()  # for those who watch a log file
+
+    for name in ("reward", "accuracy"):  # curves, in plain characters
+        parts = torch.tensor([row[name] for row in history]).tensor_split(min(64, len(history)))
+        columns = [float(part.mean()) for part in parts]
+        for level in (0.9, 0.7, 0.5, 0.3, 0.1):
+            print("  |" + "".join(" #"[column > max(columns) * level] for column in columns))
+        print(f"  {name} in updates 1 to {len(history)}; the highest column: {max(columns):.2f}\n")
+    if best().get("eval_accuracy"):
+        print("  {0}/best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(run, **best()))
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
@@ -744,9 +752,8 @@ TASKS = {
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
 
-    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file saved:
-    a run, a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved.
-    """
+    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file
+    saved: a run, a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved."""
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder, raw = find_checkpoint(name_or_path)
@@ -1108,7 +1115,7 @@ def run_training(args: Settings) -> None:
             pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]
             pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
             save_model(model, tokenizer, run / "base")
-        mean_over_ranks({"pretrained": 1})  # the others wait here
+        sum_over_ranks(torch.ones(1))  # the others wait here
         model, _, _ = load_model(str(run / "base"), args.device)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)
 
