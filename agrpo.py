@@ -767,10 +767,8 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
     if kind not in MODELS or windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):  # causal between blocks
         raise BadInput(f"{name}, a {kind}: only {', '.join(MODELS)} can be loaded, if all tokens see each other")
-    own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
-    keys = LLADA_CONFIG if kind == "llada" else dict(zip(own, own))  # only what describes the architecture
-    shape = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
-    config = MODELS[kind].config_class(**shape | FULL, logits_shift=int(kind == "Dream"))
+    shape = raw | {LLADA[key]: raw[key] for key in raw if key in LLADA} | FULL
+    config = MODELS[kind].config_class(**shape, logits_shift=int(kind == "Dream"))
     if torch.device(device).type == "cpu" and config.num_hidden_layers * config.hidden_size**2 > 2e8:
         raise BadInput(f"{name}: billions of parameters are too many for a CPU; use a GPU")
     tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer
@@ -779,10 +777,9 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None or tokenizer.eos_token_id is None:
         raise BadInput(f"{name}: no mask_token_id in config.json, or no eos_token in the tokenizer")
-    model, found = MODELS[kind].from_pretrained(
-        local_or_hub(name, "model", ["*.safetensors*"]), config=config, dtype=dtype, use_safetensors=True,
-        key_mapping=LLADA_WEIGHTS, output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    weights, names = local_or_hub(name, "model", ["*.safetensors*"]), LLADA if kind == "llada" else None
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = MODELS[kind].from_pretrained(weights, config=config, dtype=dtype, key_mapping=names, **options)
     wrong = {what: sorted(map(str, names))[:5] for what, names in found.items()}
     if any(wrong.values()):
         raise BadInput(f"{name}: weights that do not fit: {wrong}")
@@ -790,26 +787,21 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     return model.to(device).eval(), tokenizer, mask_id
 
 
-# All tokens see each other; the embedding of the padding token is trained like any other.
-FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None}
 MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
     "bert": hf.BertForMaskedLM, "llada": hf.LlamaForCausalLM, "Dream": hf.Qwen2ForCausalLM,
     "a2d-llama": hf.LlamaForCausalLM, "a2d-qwen2": hf.Qwen2ForCausalLM, "a2d-qwen3": hf.Qwen3ForCausalLM,
 }  # fmt: skip
-LLADA_CONFIG = {  # Llama's name: LLaDA's
-    "hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size", "vocab_size": "embedding_size",
-    "max_position_embeddings": "max_sequence_length", "tie_word_embeddings": "weight_tying",
-    "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+# All tokens see each other; the embedding of the padding token is trained like any other.
+FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None, "quantization_config": None}
+LLADA = {  # LLaDA's names: Llama's. First in the config; then parts of names of weights, replaced one after another
+    "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "embedding_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings", "weight_tying": "tie_word_embeddings",
+    "model.transformer.ff_out": "lm_head", "model.transformer.": "model.", "model.ln_f": "model.norm",
+    "wte": "embed_tokens", "blocks": "layers", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
 }  # fmt: skip
-LLADA_BLOCK = {  # LLaDA's name of a weight of a block: Llama's
-    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
-    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
-}  # fmt: skip
-LLADA_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-LLADA_NAMES |= {rf"blocks\.(\d+)\.{theirs}": rf"model.layers.\1.{ours}" for theirs, ours in LLADA_BLOCK.items()}
-LLADA_WEIGHTS = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in LLADA_NAMES.items()}
 
 
 def find_checkpoint(name: str) -> tuple[Path, dict]:
@@ -823,8 +815,6 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
-    if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        raise BadInput(f"{name}: no such file")
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
@@ -838,9 +828,8 @@ class LoRALinear(torch.nn.Module):
     def __init__(self, base: torch.nn.Linear, r: int):
         super().__init__()
         self.base_layer = base
-        options = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = torch.nn.Linear(base.in_features, r, **options)
-        self.lora_B = torch.nn.Linear(r, base.out_features, **options)
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
         torch.nn.init.zeros_(self.lora_B.weight)  # at first nothing changes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -867,8 +856,8 @@ def load_lora(model, folder: Path) -> None:
     weights, scale = {}, adapter["lora_alpha"] / adapter["r"]
     for name, tensor in load_file(file).items():
         name = name.removeprefix("base_model.model.")
-        for theirs, ours in LLADA_WEIGHTS.items():
-            name = re.sub(theirs, ours, name)
+        for theirs, ours in LLADA.items() if ".blocks." in name else ():
+            name = name.replace(theirs, ours)
         weights[name] = tensor * scale if ".lora_B." in name else tensor
     add_lora(model, adapter["r"], {name.split(".lora_")[0] for name in weights})
     try:
@@ -901,8 +890,8 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
         if hasattr(model, "raw_config"):  # transformers has undone the key_mapping, so the config must be LLaDA's too
             (part / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     if optimizer:
-        states = optimizer.state_dict()["state"]
-        states = {f"{i} {name}": tensor for i in states for name, tensor in states[i].items()}
+        states = optimizer.state_dict()["state"].items()
+        states = {f"{i} {name}": tensor for i, state in states for name, tensor in state.items()}
         save_file(states, part / "optimizer.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
