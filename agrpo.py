@@ -750,10 +750,9 @@ TASKS = {
 
 
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
-    """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
-
-    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file
-    saved: a run, a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved."""
+    """(model, tokenizer, mask_id), ready to sample from. BadInput or OSError: what cannot be loaded. name_or_path: "tiny"
+    (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file saved: a run, a
+    checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if it was moved."""
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder, raw = find_checkpoint(name_or_path)
@@ -777,9 +776,9 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None or tokenizer.eos_token_id is None:
         raise BadInput(f"{name}: no mask_token_id in config.json, or no eos_token in the tokenizer")
-    weights, names = local_or_hub(name, "model", ["*.safetensors*"]), LLADA if kind == "llada" else None
+    weights, renamed = local_or_hub(name, "model", ["*.safetensors*"]), LLADA if kind == "llada" else None
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = MODELS[kind].from_pretrained(weights, config=config, dtype=dtype, key_mapping=names, **options)
+    model, found = MODELS[kind].from_pretrained(weights, config=config, dtype=dtype, key_mapping=renamed, **options)
     wrong = {what: sorted(map(str, names))[:5] for what, names in found.items()}
     if any(wrong.values()):
         raise BadInput(f"{name}: weights that do not fit: {wrong}")
@@ -793,10 +792,9 @@ MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
 }  # fmt: skip
 # All tokens see each other; the embedding of the padding token is trained like any other.
 FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None, "quantization_config": None}
-LLADA = {  # LLaDA's names: Llama's. First in the config; then parts of names of weights, replaced one after another
+LLADA = {  # LLaDA's names: Llama's. Two lines for the config, then parts of names of weights, replaced in this order
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "embedding_size": "vocab_size",
-    "max_sequence_length": "max_position_embeddings", "weight_tying": "tie_word_embeddings",
     "model.transformer.ff_out": "lm_head", "model.transformer.": "model.", "model.ln_f": "model.norm",
     "wte": "embed_tokens", "blocks": "layers", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
     "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
@@ -876,8 +874,7 @@ def merge_lora(model):
 
 
 def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
-    """Write an adapter in peft's layout, or the whole model under the names it came with. A killed process leaves no
-    half of a folder: it gets its name, in the place of an older one, when it is whole."""
+    """Write a folder, whole or not at all: an adapter in peft's layout, or all weights under the names they came with."""
     folder, part = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save_pretrained(part)
@@ -905,9 +902,8 @@ def tiny_model(device, dtype):
     characters.decoder = tokenizers.decoders.Fuse()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
     config = hf.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
-        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,  # the usual 0.02 is for wide models
+        vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
     )  # fmt: skip
     return hf.BertForMaskedLM(config).to(device, dtype).eval(), tokenizer, tokenizer.mask_token_id
 
