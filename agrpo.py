@@ -750,9 +750,9 @@ TASKS = {
 
 
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
-    """(model, tokenizer, mask_id), ready to sample from. BadInput or OSError: what cannot be loaded. name_or_path: "tiny"
-    (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file saved: a run, a
-    checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if it was moved."""
+    """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
+    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file
+    saved: a run, a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved."""
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder, raw = find_checkpoint(name_or_path)
@@ -766,8 +766,10 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
     if kind not in MODELS or windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):  # causal between blocks
         raise BadInput(f"{name}, a {kind}: only {', '.join(MODELS)} can be loaded, if all tokens see each other")
-    shape = raw | {LLADA[key]: raw[key] for key in raw if key in LLADA} | FULL
-    config = MODELS[kind].config_class(**shape, logits_shift=int(kind == "Dream"))
+    own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
+    shape = {key: raw[key] for key in own if key in raw}  # only what describes the architecture
+    shape |= {ours: raw[theirs] for theirs, ours in LLADA.items() if theirs in raw}
+    config = MODELS[kind].config_class(**shape | FULL, logits_shift=int(kind == "Dream"))
     if torch.device(device).type == "cpu" and config.num_hidden_layers * config.hidden_size**2 > 2e8:
         raise BadInput(f"{name}: billions of parameters are too many for a CPU; use a GPU")
     tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer
@@ -791,10 +793,11 @@ MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
     "a2d-llama": hf.LlamaForCausalLM, "a2d-qwen2": hf.Qwen2ForCausalLM, "a2d-qwen3": hf.Qwen3ForCausalLM,
 }  # fmt: skip
 # All tokens see each other; the embedding of the padding token is trained like any other.
-FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None, "quantization_config": None}
-LLADA = {  # LLaDA's names: Llama's. Two lines for the config, then parts of names of weights, replaced in this order
+FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None}
+LLADA = {  # LLaDA's names: Llama's. Three lines of a config's, then parts of the names of weights, replaced in order
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "embedding_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings", "weight_tying": "tie_word_embeddings",
     "model.transformer.ff_out": "lm_head", "model.transformer.": "model.", "model.ln_f": "model.norm",
     "wte": "embed_tokens", "blocks": "layers", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
     "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
@@ -813,6 +816,8 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
     """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
     if Path(name).exists():
         return Path(name)
+    if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        raise BadInput(f"{name}: no such file")
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
@@ -874,7 +879,7 @@ def merge_lora(model):
 
 
 def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
-    """Write a folder, whole or not at all: an adapter in peft's layout, or all weights under the names they came with."""
+    """Write a folder, whole or not at all: an adapter in peft's layout, or all weights under the names they had."""
     folder, part = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save_pretrained(part)
@@ -902,7 +907,7 @@ def tiny_model(device, dtype):
     characters.decoder = tokenizers.decoders.Fuse()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
     config = hf.BertConfig(
-        vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
         max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
     )  # fmt: skip
     return hf.BertForMaskedLM(config).to(device, dtype).eval(), tokenizer, tokenizer.mask_token_id
