@@ -951,7 +951,6 @@ class Settings:
     resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str | None = option(None, "cuda, mps or cpu; None: the first that there is")
-
     max_steps: int = option(160, "updates")
     prompts_per_update: int = option(32, "prompts in an update, over all processes")
     group_size: int = option(16, "G: completions of each prompt")
@@ -962,7 +961,6 @@ class Settings:
     eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
     beta: float = option(0.0, "weight of the KL to the model before training")
-
     completion_length: int = option(16, "tokens in a completion")
     block_length: int = option(16, "unmasked from left to right; divides completion_length")
     steps: int = option(4, "T: sampling steps for a completion")
@@ -970,14 +968,12 @@ class Settings:
     temperature: float = option(1.0, "tau: sampling temperature")
     top_k: int = option(0, "sample from so many most probable tokens; 0: from all")
     top_p: float = option(1.0, "sample from the most probable that make up this probability")
-
     learning_rate: float = option(7e-4, "AdamW's, before warm-up and cosine decay to 0")
     warmup_steps: int = option(20, "updates in which the learning rate rises")
     lora_rank: int = option(0, "r of LoRA on all linear layers but the head; 0: train all weights")
     micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes no result")
     rollout_batch: int = option(512, "completions sampled at once, whole groups")
     gradient_checkpointing: bool = option(False, "less memory in the backward pass, more time")
-
     eval_steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "steps to measure at"})
     eval_examples: int = option(0, "test examples to measure on; 0: all")
     eval_every: int = option(0, "updates between measurements, greedy at the first of eval_steps; 0: none")
@@ -1067,21 +1063,15 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
         print(f"\n  {f'{name} ({how})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
         for row, found in results.items():
             print(f"    {row:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in found[name].values()))
-    if stage != "base":
-        few, base = str(args.eval_steps[len(args.eval_steps) // 2]), results["base"]["greedy"]
-        accuracy = results[stage]["greedy"][few]
-        enough = min((int(steps) for steps in base if base[steps] >= accuracy), default="more than those")
-        print(f"\n  Greedy, {stage} in {few} steps: {accuracy:.3f}; base needs {enough} for that")
     print(flush=True)
 
 
 def run_training(args: Settings) -> None:
-    """Load, measure, train, measure."""
     began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
-    rows = args.prompts_per_update * args.group_size
-    args.rollout_batch = min(args.rollout_batch, -(-rows // world_size()))  # at most a process's share
-    if world_size() > 1 and (args.rollout_batch % args.group_size or rows % (world_size() * args.rollout_batch)):
-        raise BadInput(f"--rollout_batch must divide {rows} / {world_size()}, a process's share, and hold whole groups")
+    share = args.prompts_per_update * args.group_size / world_size()
+    args.rollout_batch = min(args.rollout_batch, math.ceil(share))
+    if world_size() > 1 and (share % args.rollout_batch or args.rollout_batch % args.group_size):
+        raise BadInput(f"--rollout_batch must divide {share:g}, a process's share, and hold whole groups")
     given, test = task.examples("train", args), task.examples("test", args)
     asked = {task.question.format(**example) for example in test}
     examples, test = [e for e in given if task.question.format(**e) not in asked], test[: args.eval_examples or None]
@@ -1096,9 +1086,8 @@ def run_training(args: Settings) -> None:
         (run / "settings.json").touch(exist_ok=bool(args.resume))  # fails if another run has begun here
         (run / "part.json").write_text(json.dumps(asdict(args), indent=1))
         (run / "part.json").replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
-    start, size, both = newest(run), model.num_parameters(), len(given) - len(examples)
-    where = f"in {run}" if start == run else f"going on from {start}"
-    print(f"{args.task}: {args.model}, {size:,} weights on {args.device}; seed {args.seed}; {where}")
+    start, both = newest(run), len(given) - len(examples)
+    print(f"{args.task}: {args.model}, {model.num_parameters():,} weights, {args.device}; seed {args.seed}; at {start}")
     print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} were both: not trained on")
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
@@ -1108,19 +1097,20 @@ def run_training(args: Settings) -> None:
         sum_over_ranks(torch.ones(1))  # the others wait here
         model, _, _ = load_model(str(run / "base"), args.device)
     measure(results, "base", model, tokenizer, mask_id, task, test, args)
-
     shared = {id(p): p for p in model.parameters()} if args.lora_rank else {}  # LoRA leaves these weights as they are
     ref_model = copy.deepcopy(model, memo=shared).requires_grad_(False) if args.beta > 0 else None
-    if start != run and args.lora_rank:
-        load_lora(model, start)
+    if args.lora_rank:
+        load_lora(model, start) if start != run else add_lora(model, args.lora_rank)
     elif start != run:
         model, _, _ = load_model(str(start), args.device)
-    elif args.lora_rank:
-        add_lora(model, args.lora_rank)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
     measure(results, "AGRPO", model, tokenizer, mask_id, task, test, args)
+    base, trained = (found["greedy"] for found in results.values())
+    few = str(args.eval_steps[len(args.eval_steps) // 2])
+    enough = min((int(steps) for steps in base if base[steps] >= trained[few]), default="more than those")
+    print(f"  Greedy, AGRPO in {few} steps: {trained[few]:.3f}; base needs {enough} for that\n")
     if rank() == 0:
         (run / "results.json").write_text(json.dumps({"examples": len(test)} | results, indent=1))
         print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run}/metrics.jsonl")

@@ -816,8 +816,8 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
     said = refusal(SHORT, folder)  # in its fourth update
     assert "out of memory: lower --micro_batch" in said and how in said
     assert how in refusal("--resume", folder)
-    said = re.findall(".* was .*|going .*-2", run("--resume", folder, "--micro_batch 2"))
-    assert said == ["--micro_batch was 256, is 2 from here on", f"going on from {folder}/checkpoint-2"]
+    said = re.findall(".* was .*|; at .*-2", run("--resume", folder, "--micro_batch 2"))
+    assert said == ["--micro_batch was 256, is 2 from here on", f"; at {folder}/checkpoint-2"]
     said = refusal("--resume", folder, "--max_steps 8 --save_every 4 --learning_rate 1e30")
     assert "update 6 is not finite; lower --learning_rate" in said and how in said
     assert "rate was 1e+30, is 0.0001 from" in run("--resume", folder, "--learning_rate 1e-4 --max_steps 6")
