@@ -591,14 +591,12 @@ class Task:
             rows = datasets.load_dataset(kind, data_files=files, split="train", **(text if kind == "csv" else {}))
         except Exception as error:  # noqa: BLE001 - each format has errors of its own
             raise BadInput(f"{files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
-        examples = []
-        for n, row in enumerate(rows.to_list(), start=1):
-            examples.append({})
-            for key, (pattern, *names) in self.columns.items():
-                value = next((row[name] for name in names if row.get(name) is not None), "")
-                if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
-                    raise BadInput(f"{files[0]}, row {n}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
-                examples[-1][key] = match[1]
+        examples = [{} for _ in range(len(rows))]
+        for (n, row), (key, (pattern, *names)) in itertools.product(enumerate(rows.to_list()), self.columns.items()):
+            value = next((row[name] for name in names if row.get(name) is not None), "")
+            if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
+                raise BadInput(f"{files[0]}, row {n + 1}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
+            examples[n][key] = match[1]
         return examples
 
     def prompt(self, example: dict, tokenizer, answer_format: str = "tags") -> str:
@@ -625,10 +623,9 @@ def answer_in(completion: str) -> str:
 def sudoku_credit(example: dict, answer: str) -> float:
     """The share of rows, columns and boxes that hold 1 to 4 once; 0 if it is not 16 cells that keep the clues."""
     cells = "".join(answer.split())
-    units = [cells[i : i + 4] for i in (0, 4, 8, 12)] + [cells[i::4] for i in range(4)]
-    units += [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
+    units = re.findall("....", "0123456789abcdef" + "048c159d26ae37bf" + "0145236789cdabef")  # rows, columns, boxes
     kept = re.fullmatch(example["puzzle"].replace("0", "."), cells)
-    return sum(set(unit) == set("1234") for unit in units) / 12 if kept else 0.0
+    return sum({cells[int(i, 16)] for i in unit} == set("1234") for unit in units) / 12 if kept else 0.0
 
 
 def sudoku_picture(example: dict, completion: str) -> str:
