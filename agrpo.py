@@ -55,7 +55,6 @@ import importlib.util
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -68,6 +67,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import huggingface_hub as hub
 import tokenizers
 import torch
@@ -433,17 +433,12 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
     run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    log, start = run / "metrics.jsonl", 0
-    for folder in checkpoints(run)[-1:]:
-        start = number(folder)
+    history, log = [], run / "metrics.jsonl"
+    for folder in checkpoints(run)[-1:]:  # what came after it is done again
+        history = [json.loads(line) for line in log.read_text().splitlines()[: int(folder.name.split("-")[1])]]
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split()
             optimizer.state[trained[int(i)]][name] = tensor if name == "step" else tensor.to(model.device)
-    lines = log.read_bytes().splitlines(keepends=True)[:start] if start else []
-    history = [*map(json.loads, lines)]
-    if rank() == 0 and log.exists():
-        os.truncate(log, sum(map(len, lines)))  # what came after the checkpoint is done again
-
     report, count = lambda *_: None, args.prompts_per_update
     if rank() == 0 and args.report_to == "wandb":
         report = importlib.import_module("wandb").init(project="agrpo", config=asdict(args)).log
@@ -453,7 +448,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     epochs = range(math.ceil(args.max_steps * count / len(examples)))  # each has every example once
     order = [e for n in epochs for e in random.Random(f"{args.seed} epoch {n}").sample(examples, len(examples))]
     model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
-    bar = tqdm(range(start, args.max_steps), "AGRPO", args.max_steps, initial=start, disable=no_bar())
+    bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
     due = lambda every: every > 0 and (update + 1) % every == 0
     best = lambda: max(history, key=lambda row: row.get("eval_accuracy", 0))  # the first of equals
     for update in bar:
@@ -497,8 +492,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         history.append(metrics)
         if rank() == 0:
             report(metrics, done)
-            with open(log, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            log.with_suffix(".part").write_text("".join(json.dumps(row) + "\n" for row in history))
+            log.with_suffix(".part").replace(log)  # all of it or nothing, whenever the process is killed
             if best() is metrics and metrics.get("eval_accuracy"):
                 save_model(model, tokenizer, run / "best")
             if due(args.save_every) or done == args.max_steps:
@@ -526,9 +521,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
-    """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from the key: texts do not depend on the number of processes.
-    Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
+    """(Examples, their texts, Rollout) of this process's share. A batch has its own generator: how many share them does
+    not matter. Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, options = end_tokens(tokenizer), {name: getattr(args, name) for name in names} | changes
     prompts, mine, texts, rollouts = [task.prompt(e, tokenizer, args.answer_format) for e in examples], [], [], []
@@ -547,16 +541,14 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
     how = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
     mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **how)
-    right = sum(right for _, right in map(task.grade, mine, texts))
-    return sum_over_ranks(torch.tensor(right)).item() / len(test)
+    right = torch.tensor(sum(right for _, right in map(task.grade, mine, texts)))
+    return sum_over_ranks(right).item() / len(test)
 
 
 end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
 before_end = lambda tokens, ends: [*itertools.takewhile(lambda token: token not in ends, tokens)]
-# Nothing random has a state that a checkpoint would have to hold: key names the purpose.
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
-number = lambda folder: int(folder.name.removeprefix("checkpoint-"))
-checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=number)  # oldest first
+checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=lambda folder: int(folder.name.split("-")[1]))
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
 sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # the former returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
@@ -567,15 +559,14 @@ no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: non
 # ===== 6. Tasks: examples, prompts, rewards ===========================================================================
 
 
-class BadInput(ValueError):
-    """What was given cannot work: agrpo.py and eval.py end with the message."""
+class BadInput(ValueError): ...  # what was given cannot work: agrpo.py and eval.py end with the message
 
 
 @dataclass
 class Task:
-    question: str  # a template over an example, which is a dict
     is_right: Callable  # (example, answer) -> bool
     columns: dict  # key of an example -> (pattern with it as a group, names of its column)
+    question: str  # a template over an example, which is a dict
     hub: dict | None = None  # split -> data set
     create: Callable | None = None  # (split, seed) -> examples
     plain: str | None = None  # in place of question for a model without a chat template
@@ -588,8 +579,6 @@ class Task:
         place = source and local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
         if self.create and (not place or (split == "train" and not any(place.rglob("train*")))):
             return self.create(split, args.seed)
-        import datasets  # here, as it takes 85 MB
-
         datasets.disable_progress_bars()
         name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
         found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
@@ -602,14 +591,12 @@ class Task:
             rows = datasets.load_dataset(kind, data_files=files, split="train", **(text if kind == "csv" else {}))
         except Exception as error:  # noqa: BLE001 - each format has errors of its own
             raise BadInput(f"{files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
-        examples = []
-        for n, row in enumerate(rows.to_list(), start=1):
-            examples.append({})
-            for key, (pattern, *names) in self.columns.items():
-                value = next((row[name] for name in names if row.get(name) is not None), "")
-                if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
-                    raise BadInput(f"{files[0]}, row {n}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
-                examples[-1][key] = match[1]
+        examples = [{} for _ in range(len(rows))]
+        for (n, row), (key, (pattern, *names)) in itertools.product(enumerate(rows.to_list()), self.columns.items()):
+            value = next((row[name] for name in names if row.get(name) is not None), "")
+            if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
+                raise BadInput(f"{files[0]}, row {n + 1}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
+            examples[n][key] = match[1]
         return examples
 
     def prompt(self, example: dict, tokenizer, answer_format: str = "tags") -> str:
@@ -629,19 +616,16 @@ class Task:
 
 def answer_in(completion: str) -> str:
     """What stands in <answer>...</answer>; all of the completion if it has no such tag; nothing if it has others."""
-    match re.split("(</?answer>)", completion):
-        case [answer] | [_, "<answer>", answer, "</answer>", _]:
-            return answer.strip()
-    return ""
+    tags, texts = re.findall("</?answer>", completion), re.split("</?answer>", completion)
+    return texts[len(tags) // 2].strip() if tags in ([], ["<answer>", "</answer>"]) else ""
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
     """The share of rows, columns and boxes that hold 1 to 4 once; 0 if it is not 16 cells that keep the clues."""
     cells = "".join(answer.split())
-    units = [cells[i : i + 4] for i in (0, 4, 8, 12)] + [cells[i::4] for i in range(4)]
-    units += [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
+    units = re.findall("....", "0123456789abcdef" + "048c159d26ae37bf" + "0145236789cdabef")  # rows, columns, boxes
     kept = re.fullmatch(example["puzzle"].replace("0", "."), cells)
-    return sum(set(unit) == set("1234") for unit in units) / 12 if kept else 0.0
+    return sum({cells[int(i, 16)] for i in unit} == set("1234") for unit in units) / 12 if kept else 0.0
 
 
 def sudoku_picture(example: dict, completion: str) -> str:
@@ -651,11 +635,9 @@ def sudoku_picture(example: dict, completion: str) -> str:
 
 
 def sudoku_create(split: str, seed: int) -> list[dict]:
-    """240 of the 288 grids are to train on, 48 to test on. Four in five puzzles to "pretrain" on are of Latin squares,
-    whose boxes do not matter: they are left to learn."""
-    rows, latin = ["".join(row) for row in itertools.permutations("1234")], [""]
-    for _ in range(4):
-        latin = [a + row for a in latin for row in rows if all(x not in a[i::4] for i, x in enumerate(row))]
+    """240 of the 288 grids are to train on, 48 to test on. To "pretrain" on, mostly Latin squares: boxes matter later."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    latin = ["".join(x) for x in itertools.permutations(rows, 4) if all(len({*column}) == 4 for column in zip(*x))]
     grids = random.Random("grids").sample([x for x in latin if sudoku_credit({"puzzle": "0" * 16}, x) == 1], 288)
     train, test = grids[:240], grids[240:]
     cut = {"train": train * 64, "test": test * 8, "pretrain": 22 * train + 40 * [x for x in latin if x not in test]}
@@ -682,15 +664,6 @@ def countdown_right(example: dict, answer: str) -> bool:
     return used == given and arithmetic(expression) == int(example["target"])
 
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-worth = lambda n: OPERATIONS[type(n.op)](worth(n.left), worth(n.right)) if hasattr(n, "op") else Fraction(n.value)
-SIGNS = {r"×|·|\\(times|cdot)\b": "*", r"÷|\\div\b": "/", r"[‐-–−﹣－]": "-", r"\{,\}": ",", r"\*\*": ""}
-NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
-ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
-BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
-boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") == 1 else ""  # what the only box holds
-
-
 def arithmetic(expression: str) -> Fraction | None:
     """The exact value of an expression of +, -, *, / and parentheses over whole numbers; None for anything else."""
     with contextlib.suppress(Exception):
@@ -701,48 +674,50 @@ def arithmetic(expression: str) -> Fraction | None:
 def plainly(answer: str) -> str:
     """The answer out of its box, with one sign each for times, divided by, minus and comma, no bold, no full stop."""
     text = boxed(answer) or answer
-    for written, sign in SIGNS.items():
+    for sign, written in ("*", r"×|·|\\(times|cdot)\b"), ("/", r"÷|\\div\b"), ("-", "[‐-–−﹣－]"), (",", r"\{,\}"):
         text = re.sub(written, sign, text)
-    return text.strip().removesuffix(".")
+    return text.replace("**", "").strip().removesuffix(".")
 
 
 def single_number(text: str) -> Fraction | None:
     """The only number in a text, be it 1,234 or $1234.00 or 1234 apples; None for several, or one in a formula."""
     text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))  # m^2
     found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
-    if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
-        return None
-    return Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
+    unclear = len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text)
+    return None if unclear else Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
 
 
 def math_right(example: dict, answer: str) -> bool:
     r"""Whether math-verify, given a second, finds what \boxed{} holds equal to the solution's; 9^{9^9} takes longer."""
-    from math_verify import parse, verify
+    judge, texts = importlib.import_module("math_verify"), (example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}")
+    return judge.verify(*(judge.parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
 
-    texts = example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}"
-    return verify(*(parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
 
+SIGN = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
+worth = lambda n: SIGN[type(n.op)](worth(n.left), worth(n.right)) if hasattr(n, "op") else Fraction(n.value)
+NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
+ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
+BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") == 1 else ""  # what the only box holds
 
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
 TAGS = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
 BOXED = "{question}\n\nReason step by step, and put the final answer within \\boxed{{}}."  # --answer_format boxed
 TASKS = {
-    "sudoku": Task(
-        "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
-        "is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>.",
-        lambda example, answer: sudoku_credit(example, answer) == 1,
-        {"puzzle": ("([0-4]{16})", "Puzzle"), "solution": ("([1-4]{16})", "Solution")},
-        create=sudoku_create, plain="{puzzle}", credit=sudoku_credit, picture=sudoku_picture),
-    "countdown": Task(
-        "Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, / and "
-        "parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9.", countdown_right,
-        {"numbers": (r"\[?([0-9]+(?:[, ]+[0-9]+)+)\]?", "input", "nums"), "target": ("([0-9]+)", "output", "target")},
-        create=countdown_create),
-    "gsm8k": Task(TAGS, lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
-        {"question": ("(.+)", "question"), "gold": (r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)", "answer")},
-        {"train": "openai/gsm8k", "test": "openai/gsm8k"}),  # arXiv 2110.14168
-    "math": Task(TAGS, math_right, {"question": ("(.+)", "problem"), "solution": (r"(.*\\boxed.*)", "solution")},
-        {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}),  # arXiv 2103.03874
+    "sudoku": Task(lambda example, answer: sudoku_credit(example, answer) == 1, create=sudoku_create, plain="{puzzle}",
+        credit=sudoku_credit, picture=sudoku_picture,
+        columns={"puzzle": ("([0-4]{16})", "Puzzle"), "solution": ("([1-4]{16})", "Solution")},
+        question="Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 "
+        "once; 0 is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>."),
+    "countdown": Task(countdown_right, create=countdown_create, columns={
+        "numbers": (r"\[?([0-9]+(?:[, ]+[0-9]+)+)\]?", "input", "nums"), "target": ("([0-9]+)", "output", "target")},
+        question="Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, "
+        "/ and parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9."),
+    "gsm8k": Task(lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
+        {"question": ("(.+)", "question"), "gold": (r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)", "answer")}, TAGS,
+        hub={"train": "openai/gsm8k", "test": "openai/gsm8k"}),  # arXiv 2110.14168
+    "math": Task(math_right, {"question": ("(.+)", "problem"), "solution": (r"(.*\\boxed.*)", "solution")}, TAGS,
+        hub={"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}),  # arXiv 2103.03874
 }  # fmt: skip
 
 
