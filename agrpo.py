@@ -67,7 +67,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import huggingface_hub as hub
 import tokenizers
 import torch
@@ -521,8 +520,9 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
-    """(Examples, their texts, Rollout) of this process's share. A batch has its own generator: how many share them does
-    not matter. Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
+    """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
+    Each --rollout_batch has its own generator, from the key: texts do not depend on the number of processes.
+    Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, options = end_tokens(tokenizer), {name: getattr(args, name) for name in names} | changes
     prompts, mine, texts, rollouts = [task.prompt(e, tokenizer, args.answer_format) for e in examples], [], [], []
@@ -579,6 +579,8 @@ class Task:
         place = source and local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
         if self.create and (not place or (split == "train" and not any(place.rglob("train*")))):
             return self.create(split, args.seed)
+        import datasets  # here, as it takes 85 MB
+
         datasets.disable_progress_bars()
         name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
         found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
@@ -591,12 +593,14 @@ class Task:
             rows = datasets.load_dataset(kind, data_files=files, split="train", **(text if kind == "csv" else {}))
         except Exception as error:  # noqa: BLE001 - each format has errors of its own
             raise BadInput(f"{files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
-        examples = [{} for _ in range(len(rows))]
-        for (n, row), (key, (pattern, *names)) in itertools.product(enumerate(rows.to_list()), self.columns.items()):
-            value = next((row[name] for name in names if row.get(name) is not None), "")
-            if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
-                raise BadInput(f"{files[0]}, row {n + 1}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
-            examples[n][key] = match[1]
+        examples = []
+        for n, row in enumerate(rows.to_list(), start=1):
+            examples.append({})
+            for key, (pattern, *names) in self.columns.items():
+                value = next((row[name] for name in names if row.get(name) is not None), "")
+                if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
+                    raise BadInput(f"{files[0]}, row {n}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
+                examples[-1][key] = match[1]
         return examples
 
     def prompt(self, example: dict, tokenizer, answer_format: str = "tags") -> str:
@@ -616,16 +620,19 @@ class Task:
 
 def answer_in(completion: str) -> str:
     """What stands in <answer>...</answer>; all of the completion if it has no such tag; nothing if it has others."""
-    tags, texts = re.findall("</?answer>", completion), re.split("</?answer>", completion)
-    return texts[len(tags) // 2].strip() if tags in ([], ["<answer>", "</answer>"]) else ""
+    match re.split("(</?answer>)", completion):
+        case [answer] | [_, "<answer>", answer, "</answer>", _]:
+            return answer.strip()
+    return ""
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
     """The share of rows, columns and boxes that hold 1 to 4 once; 0 if it is not 16 cells that keep the clues."""
     cells = "".join(answer.split())
-    units = re.findall("....", "0123456789abcdef" + "048c159d26ae37bf" + "0145236789cdabef")  # rows, columns, boxes
+    units = [cells[i : i + 4] for i in (0, 4, 8, 12)] + [cells[i::4] for i in range(4)]
+    units += [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
     kept = re.fullmatch(example["puzzle"].replace("0", "."), cells)
-    return sum({cells[int(i, 16)] for i in unit} == set("1234") for unit in units) / 12 if kept else 0.0
+    return sum(set(unit) == set("1234") for unit in units) / 12 if kept else 0.0
 
 
 def sudoku_picture(example: dict, completion: str) -> str:
@@ -635,7 +642,8 @@ def sudoku_picture(example: dict, completion: str) -> str:
 
 
 def sudoku_create(split: str, seed: int) -> list[dict]:
-    """240 of the 288 grids are to train on, 48 to test on. To "pretrain" on, mostly Latin squares: boxes matter later."""
+    """240 of the 288 grids are to train on, 48 to test on. Four in five puzzles to "pretrain" on are of Latin squares,
+    whose boxes do not matter: they are left to learn."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     latin = ["".join(x) for x in itertools.permutations(rows, 4) if all(len({*column}) == 4 for column in zip(*x))]
     grids = random.Random("grids").sample([x for x in latin if sudoku_credit({"puzzle": "0" * 16}, x) == 1], 288)
@@ -683,14 +691,17 @@ def single_number(text: str) -> Fraction | None:
     """The only number in a text, be it 1,234 or $1234.00 or 1234 apples; None for several, or one in a formula."""
     text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))  # m^2
     found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
-    unclear = len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text)
-    return None if unclear else Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
+    if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
+        return None
+    return Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
 
 
 def math_right(example: dict, answer: str) -> bool:
     r"""Whether math-verify, given a second, finds what \boxed{} holds equal to the solution's; 9^{9^9} takes longer."""
-    judge, texts = importlib.import_module("math_verify"), (example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}")
-    return judge.verify(*(judge.parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
+    from math_verify import parse, verify
+
+    texts = example["solution"], f"\\boxed{{{boxed(answer)[:500]}}}"
+    return verify(*(parse(text, parsing_timeout=1) for text in texts), timeout_seconds=1)
 
 
 SIGN = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
