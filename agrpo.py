@@ -28,23 +28,22 @@ weighted by 1 / its probability of being drawn.
     p_theta    the policy: the model's softmax at tau, over the ids that top-k and top-p left to choose from in sampling
     KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta, an estimate of KL(p_theta || p_ref); p_ref: before training
 
-A random order does not depend on theta, so the likelihood that a policy gradient needs is an exact sum:
+A random order does not depend on theta. So log pi(trajectory | q), which a policy gradient needs, is an exact sum, of
+log p_theta(o_j | q, s_t) over all j in U_t and t, plus a constant. For a given o, the mean of this sum over orders is
+the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order depends on theta: then the sum is an
+approximation.
 
-    log pi(trajectory | q) = sum_t sum_{j in U_t} log p_theta(o_j | q, s_t) + const
+Unbiased for what? Over the draw of steps: for the gradient of J, always. Over rollouts as well: for (1 - 1/G) / T times
+grad E[reward], before clipping its norm, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row
+ends early, the ids left by top-k and top-p stay, and it is the first optimizer step on these rollouts.
 
-For a given o, the mean of this sum over orders is the ELBO of log p(o | q), a lower bound. With low-confidence
-unmasking the order depends on theta: then the sum is an approximation.
-
-Unbiased for what? Over the draw of steps, for the gradient of J, always. Over rollouts as well, for (1 - 1/G) / T times
-grad E[reward], if all of this holds: unmasking is random; beta is 0; advantages are not scaled; L_i is T, or no row
-ends early; it is the first optimizer step on these rollouts; the ids left by top-k and top-p do not change. (The
-gradient before its norm is clipped, and before Adam.)
-
-The paper's are: unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i. The
-official code's: top-k and top-p in the ratio, the optimizer in `train`, the settings in RELEASE. This file's own: steps
-drawn from all rows of a process as if they were one, without replacement, more where |A_i| and surprise (1 - p of the
-tokens) are large (official: by entropy, with replacement, spread over the batch); rho of the first optimizer step is
-exactly 1; every sampled token counts (official: none behind the last non-EOS token, which loses terms of the gradient).
+Whose is what?
+    the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
+    the official code's   top-k and top-p in the ratio; the optimizer in `train`; the settings in RELEASE
+    this file's own       steps drawn from all rows of a process as if they were one, without replacement, more where
+                          |A_i| and surprise (1 - p of the tokens) are large (official: by entropy, with replacement,
+                          spread over the batch); rho of the first optimizer step is exactly 1; every sampled token
+                          counts (official: none behind the last non-EOS token, which loses terms of the gradient)
 """
 
 import ast
@@ -446,7 +445,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         report = lambda metrics, step: [board.add_scalar(name, value, step) for name, value in metrics.items()]
     epochs = range(math.ceil(args.max_steps * count / len(examples)))  # each has every example once
     order = [e for n in epochs for e in random.Random(f"{args.seed} epoch {n}").sample(examples, len(examples))]
-    model.train(args.gradient_checkpointing)  # which works in training mode only; dropout is refused
+    model.train(args.gradient_checkpointing)  # as this works in training mode only; dropout is refused
     bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
     due = lambda every: every > 0 and (update + 1) % every == 0
     best = lambda: max(history, key=lambda row: row.get("eval_accuracy", 0))  # the first of equals
@@ -499,9 +498,8 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
                 save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
                 for old in checkpoints(run)[:-2]:
                     shutil.rmtree(old)
-        text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
-        bar.set_postfix_str(text)
         if due(max(1, args.max_steps // 20)):
+            text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
             bar.write(f"update {done} of {args.max_steps}: {text}")
         if due(args.show_every):
             bar.write(f"\nupdate {done}: reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
@@ -541,8 +539,7 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
     how = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
     mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **how)
-    right = torch.tensor(sum(right for _, right in map(task.grade, mine, texts)))
-    return sum_over_ranks(right).item() / len(test)
+    return sum_over_ranks(torch.tensor(sum(right for _, right in map(task.grade, mine, texts)))).item() / len(test)
 
 
 end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
@@ -620,10 +617,8 @@ class Task:
 
 def answer_in(completion: str) -> str:
     """What stands in <answer>...</answer>; all of the completion if it has no such tag; nothing if it has others."""
-    match re.split("(</?answer>)", completion):
-        case [answer] | [_, "<answer>", answer, "</answer>", _]:
-            return answer.strip()
-    return ""
+    tags, texts = re.findall("</?answer>", completion), re.split("</?answer>", completion)
+    return texts[len(tags) // 2].strip() if tags in ([], ["<answer>", "</answer>"]) else ""
 
 
 def sudoku_credit(example: dict, answer: str) -> float:
@@ -637,7 +632,7 @@ def sudoku_credit(example: dict, answer: str) -> float:
 
 def sudoku_picture(example: dict, completion: str) -> str:
     puzzle, grid = (" ".join(cells) for cells in (example["puzzle"].replace("0", "."), completion))
-    lines = [f"    {puzzle[i : i + 7]}   {grid[i : i + 7]}" for i in (0, 8, 16, 24)]
+    lines = (f"    {puzzle[i : i + 7]}   {grid[i : i + 7]}" for i in (0, 8, 16, 24))
     return "\n".join(lines) if len(completion) == 16 else completion
 
 
@@ -926,9 +921,7 @@ option = lambda default, text: field(default=default, metadata={"help": text})
 
 
 @dataclass
-class Settings:
-    """Every setting there is. The defaults are the tiny model's; RELEASE holds those that differ for an 8B model."""
-
+class Settings:  # with the tiny model's defaults; RELEASE holds those that differ for an 8B model
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
     model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
     answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or only for a box")
@@ -980,7 +973,6 @@ SMALL = RELEASE | {  # ours, for a Qwen3-0.6B that was made a masked diffusion m
     "completion_length": 256, "block_length": 32, "learning_rate": 2e-5, "rollout_batch": 64, "eval_steps": [256, 128],
     "eval_examples": 256, "eval_every": 25,
 }  # fmt: skip
-# Whether this is the tiny model or a folder that holds one, so that its defaults apply.
 is_tiny = lambda name: name == "tiny" or any('"bert"' in c.read_text() for c in newest(Path(name)).glob("config.json"))
 
 
@@ -1089,8 +1081,7 @@ def run_training(args: Settings) -> None:
         load_lora(model, start) if start != run else add_lora(model, args.lora_rank)
     elif start != run:
         model, _, _ = load_model(str(start), args.device)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
+    model.activation_checkpointing_enable()  # in training mode only, which `train` sets where it is asked for
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
     measure(results, "AGRPO", model, tokenizer, mask_id, task, test, args)
     base, trained = (found["greedy"] for found in results.values())
