@@ -2,6 +2,7 @@
 
     pytest test_agrpo.py        every claim, asserted
     python test_agrpo.py        the same story as tables, in half a minute; --memory: what fits which GPU, on paper
+    python test_agrpo.py --diffu_grpo ...   a run of agrpo.py, with its options, but by diffu-GRPO
 
 The mask predictor here knows four words (one is EOS, one the mask) and writes three or four, in float64: so few that
 every trajectory (the order in which positions are unmasked, and the tokens) can be enumerated. What training only
@@ -155,14 +156,12 @@ def enumerated(name: str, seed: int = 2) -> SimpleNamespace:
     return e
 
 
-def gradient_of(value: Tensor, model) -> Tensor:
-    """d value / d theta by autograd, as one vector."""
+def gradient_of(value: Tensor, model) -> Tensor:  # d value / d theta by autograd, as one vector
     gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True)
     return flat(gradients)
 
 
-def update_of(model, *args, **options) -> tuple[Tensor, dict]:
-    """What `policy_gradient` adds to .grad, with the sign of an ascent, and what it returns."""
+def update_of(model, *args, **options) -> tuple[Tensor, dict]:  # what is added to .grad, as an ascent, and returned
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     figures = agrpo.policy_gradient(model, *args, **options)
@@ -277,9 +276,8 @@ def test_what_would_be_wrong_is_refused():
         ("length_norm is", partial(gradient, length_norm="seqence")),
         *(("needs ref_model", partial(gradient, beta=0.1, ref_model=ref)) for ref in (None, model)),
         *(("1 finite numbers", partial(agrpo.policy_gradient, model, rollout, A, **one)) for A in ([math.nan], [1, 2])),
-        ("validation", partial(TASKS["sudoku"].examples, "validation", agrpo.Settings())),
     ]:
-        with pytest.raises((ValueError, KeyError), match=said):
+        with pytest.raises(ValueError, match=said):
             wrong()
 
 
@@ -338,6 +336,9 @@ def test_timestep_weights_are_unbiased(k):
 
 
 # ===== 4. The gradient: what is unbiased, for what, and at what variance; and the story as tables =====================
+
+KINDS, POINTS = ("uniform", "entropy", "surprise"), {"iid": "independent", "batch": "strata of the batch"}
+POINTS |= {"row": "systematic in each row", "whole": "systematic in the batch, times |A| (ours)"}
 
 
 def policy_gradient_of(e, length: Tensor | None = None) -> Tensor:
@@ -404,9 +405,9 @@ def one_step_view(rollout: Rollout, mask_id: int, hide: float = 0.15, generator=
 
 def diffu_grpo(model, rollout: Rollout, advantage: Tensor, *, gradient=agrpo.policy_gradient, **options) -> dict:
     """In place of `agrpo.policy_gradient`, this makes a run one of diffu-GRPO."""
-    options |= {"length_norm": "constant", "proposal": None, "on_policy": True}
+    view = one_step_view(rollout, options["mask_id"], generator=options["generator"])
     return gradient(
-        model, one_step_view(rollout, options["mask_id"], generator=options["generator"]), advantage, **options
+        model, view, advantage, **options | {"length_norm": "constant", "proposal": None, "on_policy": True}
     )
 
 
@@ -546,10 +547,6 @@ def test_diffu_grpo_masks_everything_and_some_of_the_prompt(monkeypatch):
     assert_close(update_of(model, rollout, A, **options)[0], gradient_of(J, model))
 
 
-KINDS, POINTS = ("uniform", "entropy", "surprise"), {"iid": "independent", "batch": "strata of the batch"}
-POINTS |= {"row": "systematic in each row", "whole": "systematic in the batch, times |A| (ours)"}
-
-
 def draw(points: str, k: int, proposal: Tensor, advantage: Tensor, rng) -> Tensor:
     """One draw's weights (B, T): of ours, in each row or in the whole batch; or of importance sampling, at independent
     points or at one in each of B x k strata (official)."""
@@ -684,8 +681,31 @@ def print_tables():
 
 SHORT = "--pretrain_steps 2 --max_steps 4 --prompts_per_update 2 --group_size 4 --rollout_batch 8 --eval_steps 4 "
 SHORT += "--optimizer_steps 1 --eval_examples 8 --save_every 2 --show_every 2 --device cpu --output_dir"
+REFUSED = {
+    "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
+    "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
+    "--group_size 1": "groups of 1; 2 is the least", "--rollout_batch 0": "must be above 0",
+    "--k 0": "--k must be above 0", "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
+    "--prompts_per_update 0": "must be above 0", "--optimizer_steps 0": "must be above 0",
+    "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
+    "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
+    "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
+    "--model .": "/config.json'", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
+    "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math_verify",
+    "--task gsm8k": "give --data FOLDER, or run plain `python agrpo.py`: no route",
+    "--task countdown": "give --model FOLDER, or run plain `python agrpo.py`: no route",
+    "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
+    "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no such file",
+    "eval B --steps 17": "17 steps", "eval B --steps few": "invalid int", "eval B --base nowhere": "no such file",
+    "eval B --seeds 0 1": "--temperature above 0", "eval B --samples 4": "--temperature above 0",
+    "eval B --device abacus": "abacus", "eval B --no_such 1": "no_such",
+    "eval B --data nowhere": "no such file", "eval B --save old": "File exists", "eval B --save a/b": "No such file",
+    "eval B --rollout_batch 0": "must be above 0", "eval B --temperature -1": "must be above 0",
+}  # fmt: skip
 TASKS, TINY = dict(agrpo.TASKS), agrpo.load_model
 words = lambda *parts: " ".join(map(str, parts)).split()
+rows_of = lambda file: [json.loads(line) for line in file.read_text().splitlines()]
+figures = lambda folder: rows_of(folder / "metrics.jsonl")
 # Two steps of pretraining earn nothing. So odd characters pay, if the puzzle begins with a blank.
 pay = lambda example, answer: (example["puzzle"] < "1") * sum(ord(c) % 2 for c in answer) / 16
 GENEROUS = replace(TASKS["sudoku"], credit=pay)
@@ -705,10 +725,6 @@ def refusal(*parts, main=agrpo.main) -> str:  # the sentence in which it ends
     said = stop.value.code if isinstance(stop.value.code, str) else printed.getvalue().splitlines()[-1]  # argparse's
     assert re.match(r"(agrpo|eval)\.py: \S|\S+: error: ", said) and "\n" not in said
     return said
-
-
-rows_of = lambda file: [json.loads(line) for line in file.read_text().splitlines()]
-figures = lambda folder: rows_of(folder / "metrics.jsonl")
 
 
 def same_run(*runs: Path) -> bool:  # the same metrics, results and, bit for bit, weights and optimizer
@@ -849,29 +865,6 @@ def test_other_options_run_to_the_end(how, short_run, monkeypatch):
     assert figures(folder) == lines
 
 
-REFUSED = {
-    "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
-    "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length must be above 0",
-    "--group_size 1": "groups of 1; 2 is the least", "--rollout_batch 0": "must be above 0",
-    "--k 0": "--k must be above 0", "--top_p 0": "--top_p must be", "--max_steps few": "invalid int",
-    "--prompts_per_update 0": "must be above 0", "--optimizer_steps 0": "must be above 0",
-    "--temperature 0": "--temperature must be above 0", "--temperature nan": "--temperature must be",
-    "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
-    "--data nowhere.csv": "nowhere.csv: no such file", "--model nowhere": "nowhere: no such file",
-    "--model .": "/config.json'", "--resume nowhere": "no settings.json there", "--no_such_option 1": "no_such_option",
-    "--device abacus": "abacus", "--report_to wandb": "pip install wandb", "--task math": "pip install math_verify",
-    "--task gsm8k": "give --data FOLDER, or run plain `python agrpo.py`: no route",
-    "--task countdown": "give --model FOLDER, or run plain `python agrpo.py`: no route",
-    "--task countdown --model qwen3-0.6b": agrpo.SMALL["model"],
-    "eval": "required: CHECKPOINT", "eval nowhere": "no such file", "eval tiny": "no such file",
-    "eval B --steps 17": "17 steps", "eval B --steps few": "invalid int", "eval B --base nowhere": "no such file",
-    "eval B --seeds 0 1": "--temperature above 0", "eval B --samples 4": "--temperature above 0",
-    "eval B --device abacus": "abacus", "eval B --no_such 1": "no_such",
-    "eval B --data nowhere": "no such file", "eval B --save old": "File exists", "eval B --save a/b": "No such file",
-    "eval B --rollout_batch 0": "must be above 0", "eval B --temperature -1": "must be above 0",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_mistakes_are_one_sentence_before_anything_starts(wrong, short_run, tmp_path, monkeypatch):
     """It names the setting, or what works without a hub; nothing is written or touched."""
@@ -905,6 +898,16 @@ ANSWERS = {  # task: example, right answers, wrong answers
         *words("-1234 - 2468 -$1,234.00 \u20131234 -(1234) 01,234 12,34 1234/1 12$34 12\\34")]),
     "math": ({"solution": "So it is $\\boxed{42}$."}, ["\\boxed{42}", "It is \\boxed{\\frac{84}{2}}"], [
         "42 \\boxed{}", "\\boxed{?} 42", "\\boxed{41}. The final answer is $42$.", "42", "\\boxed{9^{9^9}}"]),
+}  # fmt: skip
+ROW = '{"question": "q", "answer": "#### 5"}\n'
+BAD_DATA = {
+    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like (.+) in {'Question': 1"),
+    "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "not readable"),
+    "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"),
+    "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "row 2: no question"),
+    "no parquet": ("a.parquet", "nonsense", "not readable"), "no format": ("a.txt", "q", ".parquet"),
+    "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "not readable"), "one file": ("a.jsonl", ROW, "train."),
+    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "row 2: no Puzzle"),
 }  # fmt: skip
 DEBRIS = words("<answer> </answer> <reasoning> </reasoning> \\boxed{ #### 1 7 e999 ٧٢ \u2212 \u202e ½ Ⅶ \ud800")
 DEBRIS += [*"{}()+-*/= \n\0,.$", "9" * 5000, "((((" * 500, "<answer" * 500]
@@ -951,20 +954,18 @@ def test_answers_and_slow_attacks(task):
     if task == "gsm8k":
         assert all(judge({"gold": "-1,234"}, minus + "$1234") for minus in ("-", "\u2013", "- "))
         assert not any(judge({"gold": "-1234"}, answer) for answer in right)
-    rng, rights, longest = random.Random(0), 0, 0.0
+    rng, rights = random.Random(0), 0
     piece = lambda: rng.choice([*right * 3, rng.choice(wrong), rng.choice(DEBRIS), chr(rng.randrange(0x110000))])
     pieces = lambda most: "".join(piece() for _ in range(rng.randint(0, most)))
     for i in range(texts):
         tagged = f"<reasoning>{pieces(2)}</reasoning>{pieces(1)}<answer>{pieces(3)}</answer>"
         text = (pieces(4) if i % 3 == 0 else tagged) * (10**4 if i % 100 == 0 else 1)
-        began = time.perf_counter()
         reward, is_right = TASKS[task].grade(example, text)
-        longest = max(longest, time.perf_counter() - began)
         assert 0 <= reward <= 5 and (reward >= 3) == is_right
         assert not is_right or really_right(task, agrpo.answer_in(text)), text
         rights += is_right
-    print(f"{task}: {rights:,} of {texts:,} right; longest {longest:.3f} s")
-    assert rights > texts / 100 and ("SLOW" not in os.environ or longest < 4)  # seconds; math-verify has up to three
+    print(f"{task}: {rights:,} of {texts:,} right")
+    assert rights > texts / 100
 
 
 def test_rewards_by_hand():
@@ -1014,18 +1015,6 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
             read("gsm8k")
 
 
-ROW = '{"question": "q", "answer": "#### 5"}\n'
-BAD_DATA = {
-    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like (.+) in {'Question': 1"),
-    "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "not readable"),
-    "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"),
-    "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "row 2: no question"),
-    "no parquet": ("a.parquet", "nonsense", "not readable"), "no format": ("a.txt", "q", ".parquet"),
-    "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "not readable"), "one file": ("a.jsonl", ROW, "train."),
-    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "row 2: no Puzzle"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("what", BAD_DATA)
 def test_bad_data_are_named(what, tmp_path):
     """The file, the column and the row, in one sentence; one file is to test on."""
@@ -1040,6 +1029,16 @@ def test_bad_data_are_named(what, tmp_path):
 
 IDS = torch.arange(5, 23).view(2, 9)
 logits_of = lambda folder: agrpo.load_model(str(folder))[0](IDS).logits
+LLADA_RUN = "--prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 --block_length 6 "
+LLADA_RUN += "--steps 4 --eval_steps 4 --eval_examples 2 --lora_rank 2 --device cpu "
+CANNOT_SERVE = [  # what is said, the folder's name, what is changed in its config
+    ("missing.*layers.2.*unexpected", "llada", {"n_layers": 3}), ("gpt2", "llada", {"model_type": "gpt2"}),
+    ("unexpected.*layers.1.*mismatched", "llada", {"n_layers": 1}),
+    ("billions.*for a CPU", "llada", {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288}),
+    ("no mask_token_id", "llada", {"mask_token_id": None}), ("tokens see each other", "Qwen3-bd3lm", {}),
+    ("tokens see each other", "a2d-qwen2", {"use_sliding_window": True}),
+    ("tokens see each other", "a2d-qwen2", {"layer_types": ["sliding_attention"]}),
+]  # fmt: skip
 LLADA_NAMES = {  # what to replace in Llama's names, one after another; in LLaDA's code: silu(ff_proj) * up_proj
     "lm_head": "model.ff_out", "model.": "model.transformer.", "layers": "blocks", "embed_tokens": "wte",
     "transformer.norm": "transformer.ln_f", "input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm",
@@ -1108,26 +1107,12 @@ def test_checkpoints_load_exactly_and_are_saved_as_they_came(kind, tmp_path):
     assert weights.keys() - again.keys() == ({"lm_head.weight"} if kind == "a2d-qwen3" else set())  # tied
 
 
-CANNOT_SERVE = [  # what is said, the folder's name, what is changed in its config
-    ("missing.*layers.2.*unexpected", "llada", {"n_layers": 3}), ("gpt2", "llada", {"model_type": "gpt2"}),
-    ("unexpected.*layers.1.*mismatched", "llada", {"n_layers": 1}),
-    ("billions.*for a CPU", "llada", {"d_model": 4096, "n_layers": 32, "mlp_hidden_size": 12288}),
-    ("no mask_token_id", "llada", {"mask_token_id": None}), ("tokens see each other", "Qwen3-bd3lm", {}),
-    ("tokens see each other", "a2d-qwen2", {"use_sliding_window": True}),
-    ("tokens see each other", "a2d-qwen2", {"layer_types": ["sliding_attention"]}),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(("said", "name", "change"), CANNOT_SERVE)
 def test_what_cannot_serve_is_refused_by_name(said, name, change, tmp_path):
     """Weights that do not fit, another architecture, attention in windows, too many weights."""
     checkpoint(tmp_path / name, "a2d-qwen3" if "bd3lm" in name else name, **change)
     with pytest.raises(agrpo.BadInput, match=f"{name}.*{said}"):
         agrpo.load_model(str(tmp_path / name))
-
-
-LLADA_RUN = "--prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 --block_length 6 "
-LLADA_RUN += "--steps 4 --eval_steps 4 --eval_examples 2 --lora_rank 2 --device cpu "
 
 
 def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
@@ -1284,6 +1269,21 @@ def print_memory():
 
 # ===== 8. eval.py and the README ======================================================================================
 
+AS_RELEASED = [  # what the release counts, whether or not we do; | is between texts
+    ("gsm8k", {"gold": "5"}, 1, (
+        "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
+        "5!|5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|"
+        "<answer>6 \\boxed{5}</answer>")),
+    ("gsm8k", {"gold": "5"}, 0, (
+        "1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|x|0.5|"
+        "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5")),
+    ("gsm8k", {"gold": "1,234"}, 1, "1234"), ("math", {}, 1, "whatever it is"),
+    ("countdown", SUM, 1, "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23"),
+    ("countdown", SUM, 0, "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"),
+    ("sudoku", FILLED, 1, f"{GRID}|<answer>{GRID}</answer> 1"),
+    ("sudoku", FILLED, 1 / 8, "4" * 16), ("sudoku", FILLED, 0, ""),
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def half_known(tmp_path_factory, short_run):  # 24 puzzles, a model that knows 8 by heart, a run that goes on from it
@@ -1345,22 +1345,6 @@ def test_the_best_checkpoint_is_kept(half_known):
     assert json.loads((folder / "best.json").read_text())["results"]["trained"]["4"]["accuracy"] == best > 0
 
 
-AS_RELEASED = [  # what the release counts, whether or not we do; | is between texts
-    ("gsm8k", {"gold": "5"}, 1, (
-        "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
-        "5!|5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|"
-        "<answer>6 \\boxed{5}</answer>")),
-    ("gsm8k", {"gold": "5"}, 0, (
-        "1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|x|0.5|"
-        "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5")),
-    ("gsm8k", {"gold": "1,234"}, 1, "1234"), ("math", {}, 1, "whatever it is"),
-    ("countdown", SUM, 1, "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23"),
-    ("countdown", SUM, 0, "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"),
-    ("sudoku", FILLED, 1, f"{GRID}|<answer>{GRID}</answer> 1"),
-    ("sudoku", FILLED, 1 / 8, "4" * 16), ("sudoku", FILLED, 0, ""),
-]  # fmt: skip
-
-
 def test_eval_s_figures_by_hand():
     """Wilson's interval, with z = 1.959964; 1,234 and $1234 are one vote, the first of equals wins."""
     for task, example, share, texts in AS_RELEASED:
@@ -1409,8 +1393,8 @@ def test_readme_names_what_exists(tmp_path):
 
 
 if __name__ == "__main__":
-    if "--diffu_grpo" in sys.argv:
+    if sys.argv[1:2] == ["--diffu_grpo"]:
         agrpo.policy_gradient = diffu_grpo
-        agrpo.main([word for word in sys.argv[1:] if word != "--diffu_grpo"] + ["--optimizer_steps", "1"])
+        agrpo.main([*sys.argv[2:], "--optimizer_steps", "1"])
     else:
         print_memory() if "--memory" in sys.argv else print_tables()
