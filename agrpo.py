@@ -21,7 +21,7 @@ weighted by 1 / its probability of being drawn.
     q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
     s_t        state: the completion before step t, with masks where nothing is unmasked yet
     U_t        unmasked: the positions that step t unmasks, all inside one block
-    T, T_i     steps (the paper's m); num_steps: those that row i took            k  steps drawn per row, on average
+    T, T_i     steps (the paper's m); those that row i took: num_steps            k  steps drawn per row, on average
     L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
     A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
     rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
@@ -35,12 +35,12 @@ approximation.
 
 Unbiased for what? Over the draw of steps: for the gradient of J, always. Over rollouts as well: for (1 - 1/G) / T times
 grad E[reward], before clipping its norm, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row
-ends early, the ids left by top-k and top-p stay, and it is the first optimizer step on these rollouts.
+ends early, the ids left by top-k and top-p stay, and it is the first optimizer step (of two by default) on them.
 
 Whose is what?
     the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
     the official code's   top-k and top-p in the ratio; the optimizer in `train`; the settings in RELEASE
-    this file's own       steps drawn from all rows of a process as if they were one, without replacement, more where
+    this file's own       steps drawn from all rows at hand as if they were one, without replacement, more where
                           |A_i| and surprise (1 - p of the tokens) are large (official: by entropy, with replacement,
                           spread over the batch); rho of the first optimizer step is exactly 1; every sampled token
                           counts (official: none behind the last non-EOS token, which loses terms of the gradient)
@@ -115,9 +115,9 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
 
 
 def output_head(model) -> torch.nn.Module:
-    """The layer that makes logits of hidden states. Raises ValueError for what would be silently wrong: RoBERTa counts
-    positions otherwise, StableLM stays causal, Gemma 2 scales its logits, peft and DDP wrap, dropout is on.
-    is_causal needs transformers 5.2. Your own class needs base_model, config, and cls or lm_head."""
+    """The layer that makes logits of hidden states. Raises ValueError where dropout is on, and for other classes of
+    libraries: some would be silently wrong (RoBERTa counts positions otherwise, StableLM stays causal, Gemma 2 scales
+    its logits). Your own needs base_model, config and cls, or lm_head and is_causal = False (from transformers 5.2)."""
     kind, config, bert = type(model), model.config, hasattr(model, "cls")
     known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     causal = getattr(config, "is_decoder", False) if bert else getattr(config, "is_causal", True)
@@ -213,7 +213,6 @@ def sample(
             pick = (logps + gumbel).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
             token = pick if choices is None else choices.gather(-1, pick)  # (R, n, 1)
             token_entropy = torch.special.entr(logps.exp()).sum(-1)  # (R, n)
-
             # All n are recorded; those that low confidence masks again are recorded anew when they stay.
             row = rows[:, None]
             completion[row, place] = token.squeeze(-1)
@@ -287,7 +286,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
 
 
 def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw (row, step) pairs, k per row on average: `draw_timesteps`, with all steps of all rows laid end to end.
+    """Draw (row, step) pairs, k per row that takes part: `draw_timesteps` with all steps of all rows laid end to end.
 
     A pair is drawn in proportion to magnitude (B,) times proposal (B, T): where one answer of a group is right, the
     G - 1 others have small advantages and need few passes. Rows of magnitude 0 take no part. Returns, on the CPU,
@@ -385,7 +384,7 @@ def policy_gradient(
     advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
     logp.detach()) is 1, with the gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). micro_batch:
     pairs in memory at once. proposal, generator: see `draw_timesteps`. Train float32 weights: Adam's small steps vanish
-    in bfloat16. Returns loss, an estimate of -J (near 0 on policy, whatever is learned); clip_ratio and kl, means over
+    in bfloat16. Returns loss, an estimate of -J (near 0 on policy: advantages sum to 0); clip_ratio and kl, means over
     the tokens evaluated: to watch, not unbiased. Raises ValueError for another length_norm, beta > 0 without a
     ref_model of its own, advantages that are not B finite numbers."""
     if length_norm not in ("sequence", "constant"):
@@ -402,7 +401,6 @@ def policy_gradient(
         return {"loss": 0.0, "clip_ratio": 0.0, "kl": 0.0}
     rows, steps, weights = draw_pairs(rollout.num_steps, magnitude, k, proposal, generator)  # (N,) each
     weights = (weights / (B * length.cpu()[rows])).to(rollout.logp.dtype)
-
     total = rollout.logp.new_zeros(4)
     pairs = (x.to(advantage.device).split(micro_batch) for x in (rows, steps, weights))
     for r, t, w in zip(*pairs):
@@ -506,7 +504,6 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
         sys.stdout.flush()  # for those who watch a log file
-
     for name in ("reward", "accuracy"):  # curves, in plain characters
         parts = torch.tensor([row[name] for row in history]).tensor_split(min(64, len(history)))
         columns = [float(part.mean()) for part in parts]
@@ -519,7 +516,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
 
 def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
     """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from the key: texts do not depend on the number of processes.
+    Each --rollout_batch has its own generator, from the key: texts do not depend on how many processes share them.
     Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
     ends, options = end_tokens(tokenizer), {name: getattr(args, name) for name in names} | changes
@@ -750,7 +747,7 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
     own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
     shape = {key: raw[key] for key in own if key in raw}  # only what describes the architecture
     shape |= {ours: raw[theirs] for theirs, ours in LLADA.items() if theirs in raw}
-    config = MODELS[kind].config_class(**shape | FULL, logits_shift=int(kind == "Dream"))
+    config = MODELS[kind].config_class(**shape | ({} if kind == "bert" else FULL), logits_shift=int(kind == "Dream"))
     if torch.device(device).type == "cpu" and config.num_hidden_layers * config.hidden_size**2 > 2e8:
         raise BadInput(f"{name}: billions of parameters are too many for a CPU; use a GPU")
     tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer
@@ -992,6 +989,8 @@ def parse_settings(argv: list[str]) -> Settings:
     args.model, args.data = absolute(SMALL["model"] if args.model == "qwen3-0.6b" else args.model), absolute(args.data)
     for name, value in vars(args).items():
         if args.resume and value != parser.get_default(name):
+            if name in ("lora_rank", "output_dir"):
+                parser.error(f"--{name} of a run cannot be changed")
             print(f"--{name} was {parser.get_default(name)}, is {value} from here on")
     name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
@@ -1081,7 +1080,8 @@ def run_training(args: Settings) -> None:
         load_lora(model, start) if start != run else add_lora(model, args.lora_rank)
     elif start != run:
         model, _, _ = load_model(str(start), args.device)
-    model.activation_checkpointing_enable()  # in training mode only, which `train` sets where it is asked for
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
     train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
     measure(results, "AGRPO", model, tokenizer, mask_id, task, test, args)
     base, trained = (found["greedy"] for found in results.values())

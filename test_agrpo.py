@@ -1185,6 +1185,7 @@ def test_a_checkpoint_trains_with_lora_on_each_task(kind, task, tmp_path, monkey
     shutil.copytree(one, two)
     shutil.rmtree(two / "checkpoint-3")
     run("--resume", two)
+    assert all("a run cannot be" in refusal("--resume", two, x) for x in ("--lora_rank 3", f"--output_dir {one}"))
     assert same_run(one, two) and all(line["grad_norm"] > 0 < line["kl"] for line in figures(one)[1:])
     assert json.loads((one / "settings.json").read_text())["top_k"] == 150  # the release's
     assert len(agrpo.load_file(one / "checkpoint-3" / "adapter_model.safetensors")) == 2 * 2 * 7
@@ -1306,8 +1307,7 @@ def test_eval_gives_the_figures_of_training(how, half_known, tmp_path):
     plots = bool(find_spec("matplotlib"))
     printed = run(half_known / "run", files, how, f"--plot {tmp_path}/curve.png" * plots, main=curve.main)
     assert (tmp_path / "curve.png").exists() == plots
-    found = json.loads((tmp_path / "found").read_text())["results"]
-    lines = rows_of(tmp_path / "all")
+    found, lines = json.loads((tmp_path / "found").read_text())["results"], rows_of(tmp_path / "all")
     training = json.loads((half_known / "run" / "results.json").read_text())
     assert {(r["correct"], solved(r["prompt"], r["completion"])) for r in lines} == {(True, True), (False, False)}
     mean = lambda values: pytest.approx(sum(values) / len(values))
