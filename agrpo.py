@@ -199,7 +199,6 @@ def sample(
     completion = ids[:, P:]  # a view: what is written here is in ids
     step, num_steps, kept = prompt.new_full((B, C), -1), prompt.new_zeros(B), None
     logp, entropy = (at_least_float32(next(model.parameters()).new_zeros(B, n)) for n in (C, steps))
-
     rows, t = torch.arange(B, device=device), 0  # the R rows that have not ended
     for start in range(0, C, block_length):
         # Positions of the block, (R, number still masked). Unmasking at random goes through them in a random order.
@@ -268,7 +267,6 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     density = proposal.detach().cpu().double() * taken
     if (num_steps > proposal.shape[1]).any() or (taken & (density <= 0)).any() or not density.isfinite().all():
         raise ValueError("a proposal must be positive and finite at every step that its row has taken")
-
     certain = taken & (num_steps <= k)  # (B, T): these get inclusion 1, the others share the rest, until none exceeds 1
     while True:
         rest = density.masked_fill(certain, 0)
@@ -277,7 +275,6 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
         if not (inclusion > 1).any():
             break
         certain |= inclusion > 1
-
     points = torch.arange(k) + torch.rand(num_steps.shape, generator=generator, dtype=torch.float64)  # (B, k)
     steps = torch.searchsorted(inclusion.cumsum(1), points, right=True)  # (B, k)
     steps = steps.clamp(max=(num_steps - 1).clamp(min=0))  # where rounding or k > num_steps led beyond
@@ -431,7 +428,7 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
     history, log = [], run / "metrics.jsonl"
     for folder in checkpoints(run)[-1:]:  # what came after it is done again
-        history = [json.loads(line) for line in log.read_text().splitlines()[: int(folder.name.split("-")[1])]]
+        history = [json.loads(line) for line in log.read_text().splitlines()[: number(folder)]]
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split()
             optimizer.state[trained[int(i)]][name] = tensor if name == "step" else tensor.to(model.device)
@@ -542,7 +539,8 @@ def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Se
 end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
 before_end = lambda tokens, ends: [*itertools.takewhile(lambda token: token not in ends, tokens)]
 seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(60))
-checkpoints = lambda run: sorted(run.glob("checkpoint-*[0-9]"), key=lambda folder: int(folder.name.split("-")[1]))
+number = lambda folder: int(folder.name[11:] if folder.name[11:].isdigit() else -1)  # a copy, or best: -1
+checkpoints = lambda run: sorted((x for x in run.glob("checkpoint-*") if number(x) >= 0), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
 sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # the former returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
@@ -702,7 +700,6 @@ NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z]
 ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
 BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") == 1 else ""  # what the only box holds
-
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
 TAGS = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
 BOXED = "{question}\n\nReason step by step, and put the final answer within \\boxed{{}}."  # --answer_format boxed
@@ -786,8 +783,10 @@ LLADA = {  # LLaDA's names: Llama's. Three lines of a config's, then parts of th
 def find_checkpoint(name: str) -> tuple[Path, dict]:
     """The folder of a checkpoint (of a run, the newest; from the hub, without weights), and what its config says."""
     folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors"]))
-    adapter = folder / "adapter_config.json"
-    return folder, json.loads((adapter if adapter.exists() else folder / "config.json").read_text())
+    for file in (folder / "adapter_config.json", folder / "config.json"):
+        if file.is_file():
+            return folder, json.loads(file.read_text())
+    raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint, or not yet")
 
 
 def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
@@ -837,14 +836,14 @@ def load_lora(model, folder: Path) -> None:
     weights, scale = {}, adapter["lora_alpha"] / adapter["r"]
     for name, tensor in load_file(file).items():
         name = name.removeprefix("base_model.model.")
-        for theirs, ours in LLADA.items() if ".blocks." in name else ():
+        for theirs, ours in LLADA.items() if "model.transformer." in name else ():
             name = name.replace(theirs, ours)
         weights[name] = tensor * scale if ".lora_B." in name else tensor
     add_lora(model, adapter["r"], {name.split(".lora_")[0] for name in weights})
-    try:
-        model.load_state_dict(model.state_dict() | weights)
-    except RuntimeError:  # names or shapes
-        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}") from None
+    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items() if ".lora_" in name}
+    if shapes(model.state_dict()) != shapes(weights):
+        raise BadInput(f"{folder} is an adapter for another model than {model.name_or_path}")
+    model.load_state_dict(weights, strict=False)
 
 
 def merge_lora(model):
@@ -981,7 +980,8 @@ def parse_settings(argv: list[str]) -> Settings:
         file = Path(first.resume) / "settings.json"
         if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
-        parser.set_defaults(**json.loads(file.read_text()) | {"resume": first.resume, "output_dir": first.resume})
+        saved = {name: value for name, value in json.loads(file.read_text()).items() if hasattr(first, name)}
+        parser.set_defaults(**saved | {"resume": first.resume, "output_dir": first.resume})
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
     args = Settings(**vars(parser.parse_args(argv)))
@@ -1005,7 +1005,7 @@ def prepare(args: Settings) -> None:
     hf.logging.set_verbosity_error()  # what goes wrong in loading is said in a sentence
     hf.logging.disable_progress_bar()
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         if args.device == "cuda":
@@ -1013,9 +1013,9 @@ def prepare(args: Settings) -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good: only the first process prints
     positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "micro_batch")
-    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch"):
-        if not getattr(args, name) > 0:
-            raise BadInput(f"--{name} must be above 0, not {getattr(args, name)}")
+    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch", "group_size"):
+        if not getattr(args, name) > (least := int(name == "group_size")):
+            raise BadInput(f"--{name} must be above {least}, not {getattr(args, name)}")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("tiny knows only sudoku; give another --model")
     for used, package in (args.task == "math", "math_verify"), (args.report_to != "none", args.report_to):
@@ -1024,7 +1024,6 @@ def prepare(args: Settings) -> None:
     try:
         for steps in (args.steps, *args.eval_steps):
             tokens_per_step(args.completion_length, args.block_length, steps)
-        group_advantages([0.0] * args.group_size, args.group_size)
         torch.zeros(1, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # the latter two: no such device
         raise BadInput(str(error)) from None
@@ -1046,9 +1045,10 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
 def run_training(args: Settings) -> None:
     began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
     share = args.prompts_per_update * args.group_size / world_size()
-    args.rollout_batch = min(args.rollout_batch, math.ceil(share))
-    if world_size() > 1 and (share % args.rollout_batch or args.rollout_batch % args.group_size):
-        raise BadInput(f"--rollout_batch must divide {share:g}, a process's share, and hold whole groups")
+    if world_size() > 1:
+        args.rollout_batch = min(args.rollout_batch, math.ceil(share))
+        if share % args.rollout_batch or args.rollout_batch % args.group_size:
+            raise BadInput(f"--rollout_batch must divide {share:g}, a process's share, and hold whole groups")
     given, test = task.examples("train", args), task.examples("test", args)
     asked = {task.question.format(**example) for example in test}
     examples, test = [e for e in given if task.question.format(**e) not in asked], test[: args.eval_examples or None]
