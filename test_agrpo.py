@@ -607,8 +607,7 @@ def by_text():  # the texts (M, C), and what adds up values of the 3! trajectori
 
 
 def test_what_the_tables_show():
-    """Averaged over orders, the likelihood of a trajectory is the ELBO of the text's: a lower bound. Other estimators
-    point elsewhere, whatever the passes. What makes draws better: strata of rows, surprise, |A|."""
+    """The ELBO is a bound; other estimators point elsewhere, whatever the passes; strata, surprise and |A| help."""
     e, (_, total) = enumerated("plain"), by_text()
     exact, elbo = total(e.probability).log(), total(e.rollout.logp.sum(1)) / 6
     assert (elbo < exact + 1e-12).all() and (exact - elbo).max() > 0.01
@@ -752,8 +751,8 @@ def test_a_run_pretrains_measures_trains_and_saves(short_run):
     assert re.search(r"\n +[1-4.]( [1-4.]){3}   . . . .\n", printed)  # a puzzle, and what was made of it
     assert re.findall(r"^update (\d) of 4: reward \d", printed, re.MULTILINE) == [*"1234"]  # there is no terminal
     torch.manual_seed(0)
-    models = "tiny", str(short_run / "base"), str(short_run)
-    before, base, trained = (flat(agrpo.load_model(name)[0].parameters()) for name in models)
+    models = (agrpo.load_model(str(name))[0] for name in ("tiny", short_run / "base", short_run))
+    before, base, trained = (flat(model.parameters()) for model in models)
     assert not torch.equal(before, base) and not torch.equal(base, trained)
     assert f"--resume {short_run}" in refusal(SHORT, short_run) and lines == figures(short_run)
     run(SHORT, short_run.parent / "seed1", "--seed 1 --max_steps 1")
@@ -856,12 +855,10 @@ def test_other_options_run_to_the_end(how, short_run, monkeypatch):
         printed = run(SHORT, folder, how, "--learning_rate 1e-2 --warmup_steps 0")
     lines, puzzles = figures(folder), re.findall("<([0-4]{16})>", printed)
     assert len(lines) == 6 and any(line["clip_ratio"] > 0 for line in lines)  # the second step is off policy
-    assert (lines[1]["kl"] > 0) == ("beta" in how)
-    assert any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
+    assert (lines[1]["kl"] > 0, any(folder.glob("events.out.tf*"))) == ("beta" in how, "tensorboard" in how)
     assert sorted(puzzles[:3]) == sorted(puzzles[3:]) and len({*puzzles}) == 3 and puzzles[:3] != puzzles[3:]
-    assert [call.args[1] for call in clip.call_args_list] == [1.0] * 12
+    assert [x.args[1] for x in clip.call_args_list] == [1.0] * 12 and advantages.call_args.args[2] == ("scale" in how)
     assert ["eval_accuracy" in line for line in lines] == [False, True] * 3
-    assert advantages.call_args.args[2] == ("scale" in how)
     shutil.rmtree(folder / "checkpoint-6")
     run("--resume", folder)
     assert figures(folder) == lines
@@ -976,8 +973,7 @@ def test_rewards_by_hand():
     graded = {right: 4, right.replace("* 3", "* 4"): 1, right[24:]: 3.5, "(1 + 2) * 3": 3, right[32:]: 0}
     graded |= {right + "<answer>9</answer>": 0.5, "</answer>(1 + 2) * 3<answer>": 0, "<answer>" * 99 + right[24:]: 0}
     for completion, reward in graded.items():
-        found = TASKS["countdown"].grade({"numbers": "1,2,3", "target": "9"}, completion)
-        assert found == (reward, reward >= 3), completion
+        assert TASKS["countdown"].grade({"numbers": "1,2,3", "target": "9"}, completion) == (reward, reward >= 3)
     for completion, reward in (f"<answer>{GRID}</answer>", 4.5), (CHANGED, 0), (GRID.replace("1243", "1143"), 9 / 12):
         assert TASKS["sudoku"].grade(FILLED, completion) == (reward, reward >= 3)
 
@@ -1343,8 +1339,7 @@ def test_the_best_checkpoint_is_kept(half_known):
     more += f" --model {half_known}/base --data {half_known}/puzzles.csv --eval_examples 0 --eval_every 1"
     run(SHORT, folder, more)
     printed = run("--resume", folder, "--max_steps 6")
-    accuracy = [row["eval_accuracy"] for row in figures(folder)]
-    best = max(accuracy)
+    best = max(accuracy := [row["eval_accuracy"] for row in figures(folder)])
     assert accuracy.index(best) < 3 and f"best is update {1 + accuracy.index(best)}, " in printed
     run(folder / "best", f"--device cpu --output {folder}/best.json", main=curve.main)
     assert json.loads((folder / "best.json").read_text())["results"]["trained"]["4"]["accuracy"] == best > 0
