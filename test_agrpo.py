@@ -88,7 +88,6 @@ SETTINGS = {
     "low confidence, top-p": LOW | {"temperature": 4.0, "top_p": 0.9, "steps": 2},
     "four tokens": BLOCKS | {"block_length": 4},
 }  # fmt: skip
-TESTED = [*SETTINGS][:-1]
 
 
 def policy_table(model, sampling: dict, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -185,7 +184,7 @@ def write(model, prompt: Tensor, seed: int = 0, **sampling) -> Rollout:
     return sample(model, prompt, generator=seeded(seed), **{"prompt_mask": prompt > -1} | sampling)
 
 
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("name", [*SETTINGS][:-1])
 def test_sampler_draws_from_its_process_and_records_it(name):
     """20,000 samples are as frequent as the enumeration says, nothing else occurs, and what is recorded is exact.
     `estimate_logp` finds it again at the steps that it draws, in value and gradient."""
@@ -369,7 +368,7 @@ def mean_update(e, k: int = 1, kind: str = "uniform", mass=None, rollout=None, *
         return update_of(e.model, rollout, mass * len(mass), k=k, proposal=proposal_of(rollout, kind), **options)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in TESTED if "low" not in name])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "four tokens" and "low" not in name])
 def test_mean_update_is_the_policy_gradient(name):
     """It is (1 - 1/G) grad E[reward] / T, exactly, or that of (r - mean r) / T_i where length_norm is "sequence"."""
     e, G = enumerated(name), 3 if name == "top-k, top-p" else 2
@@ -841,23 +840,24 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
 
 @pytest.mark.parametrize("how", ["--scale_by_std true", "--beta 0.1 --report_to tensorboard"])
 def test_other_options_run_to_the_end(how, short_run, monkeypatch):
-    """Also: each epoch has each example once, in another order; gradients are clipped."""
+    """Also: each epoch has each example once, in another order; gradients are clipped; each update's noise is its own."""
     "tensorboard" in how and pytest.importorskip("tensorboard")
     few = lambda split, seed: TASKS["sudoku"].create(split, seed)[: 3 if split == "train" else 8]
     monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few, picture=lambda e, _: f"<{e['puzzle']}>"))
-    monkeypatch.setattr(agrpo, "group_advantages", advantages := mock.Mock(wraps=agrpo.group_advantages))
+    for name in "group_advantages", "generate":
+        monkeypatch.setattr(agrpo, name, mock.Mock(wraps=getattr(agrpo, name)))
     folder = short_run.parent / re.sub(r"\W+", "", how)
     how += f" --model {short_run}/base --max_steps 6 --prompts_per_update 1 --rollout_batch 4 --show_every 1 --k 2 "
-    how += (
-        "--eval_every 2 --optimizer_steps 2 --unmasking low_confidence --top_k 20 --top_p 0.9 --length_norm constant "
-    )
+    how += "--optimizer_steps 2 --unmasking low_confidence --top_k 20 --top_p 0.9 --length_norm constant "
     with mock.patch.object(torch.nn.utils, "clip_grad_norm_", wraps=torch.nn.utils.clip_grad_norm_) as clip:
-        printed = run(SHORT, folder, how, "--learning_rate 1e-2 --warmup_steps 0")
+        printed = run(SHORT, folder, how, "--learning_rate 1e-2 --warmup_steps 0 --eval_every 2")
     lines, puzzles = figures(folder), re.findall("<([0-4]{16})>", printed)
     assert len(lines) == 6 and any(line["clip_ratio"] > 0 for line in lines)  # the second step is off policy
     assert (lines[1]["kl"] > 0, any(folder.glob("events.out.tf*"))) == ("beta" in how, "tensorboard" in how)
     assert sorted(puzzles[:3]) == sorted(puzzles[3:]) and len({*puzzles}) == 3 and puzzles[:3] != puzzles[3:]
-    assert [x.args[1] for x in clip.call_args_list] == [1.0] * 12 and advantages.call_args.args[2] == ("scale" in how)
+    assert [x.args[1] for x in clip.call_args_list] == [1.0] * 12
+    assert agrpo.group_advantages.call_args.args[2] == ("scale" in how)
+    assert {(0, "rollout", update) for update in range(6)} < {x.args[6] for x in agrpo.generate.call_args_list}
     assert ["eval_accuracy" in line for line in lines] == [False, True] * 3
     shutil.rmtree(folder / "checkpoint-6")
     run("--resume", folder)
