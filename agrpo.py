@@ -29,9 +29,8 @@ weighted by 1 / its probability of being drawn.
     KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta, an estimate of KL(p_theta || p_ref); p_ref: before training
 
 A random order does not depend on theta. So log pi(trajectory | q), which a policy gradient needs, is an exact sum, of
-log p_theta(o_j | q, s_t) over all j in U_t and t, plus a constant. For a given o, the mean of this sum over orders is
-the ELBO of log p(o | q), a lower bound. With low-confidence unmasking the order depends on theta: then the sum is an
-approximation.
+log p_theta(o_j | q, s_t) over all j in U_t and t, plus a constant; its mean over orders is the ELBO of log p(o | q), a
+lower bound. With low-confidence unmasking the order depends on theta: then the sum is an approximation.
 
 Unbiased for what? Over the draw of steps: for the gradient of J, always. Over rollouts as well: for (1 - 1/G) / T times
 grad E[reward], before clipping its norm, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row
@@ -454,14 +453,14 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
         # Optimizer steps: the first is on the policy that sampled; the others are not, which is what clipping is for.
-        rng = seeded_generator("cpu", args.seed, "timesteps", update, rank())
+        rng, proposal = seeded_generator("cpu", args.seed, "timesteps", update, rank()), defensive_proposal(rollout)
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
         learning_rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
         for i in range(args.optimizer_steps):
             optimizer.zero_grad()
             metrics = policy_gradient(
                 model, rollout, advantage, k=args.k, mask_id=mask_id, temperature=args.temperature, on_policy=i == 0,
-                proposal=defensive_proposal(rollout), generator=rng, length_norm=args.length_norm, beta=args.beta,
+                proposal=proposal, generator=rng, length_norm=args.length_norm, beta=args.beta,
                 eps_low=args.eps_low, eps_high=args.eps_high, ref_model=ref_model, micro_batch=args.micro_batch,
             )  # fmt: skip
             for p in trained:  # where there was nothing to learn, there is no gradient
@@ -634,8 +633,9 @@ def sudoku_picture(example: dict, completion: str) -> str:
 def sudoku_create(split: str, seed: int) -> list[dict]:
     """240 of the 288 grids are to train on, 48 to test on. Four in five puzzles to "pretrain" on are of Latin squares,
     whose boxes do not matter: they are left to learn."""
-    rows = ["".join(row) for row in itertools.permutations("1234")]
-    latin = ["".join(x) for x in itertools.permutations(rows, 4) if all(len({*column}) == 4 for column in zip(*x))]
+    rows, latin = ["".join(row) for row in itertools.permutations("1234")], [""]
+    for _ in range(4):
+        latin = [a + row for a in latin for row in rows if all(x not in a[i::4] for i, x in enumerate(row))]
     grids = random.Random("grids").sample([x for x in latin if sudoku_credit({"puzzle": "0" * 16}, x) == 1], 288)
     train, test = grids[:240], grids[240:]
     cut = {"train": train * 64, "test": test * 8, "pretrain": 22 * train + 40 * [x for x in latin if x not in test]}
@@ -672,9 +672,9 @@ def arithmetic(expression: str) -> Fraction | None:
 def plainly(answer: str) -> str:
     """The answer out of its box, with one sign each for times, divided by, minus and comma, no bold, no full stop."""
     text = boxed(answer) or answer
-    for sign, written in ("*", r"×|·|\\(times|cdot)\b"), ("/", r"÷|\\div\b"), ("-", "[‐-–−﹣－]"), (",", r"\{,\}"):
+    for sign, written in ("*", r"×|·|\\(times|cdot)\b"), ("/", r"÷|\\div\b"), ("-", "[‐-–−﹣－]"):
         text = re.sub(written, sign, text)
-    return text.replace("**", "").strip().removesuffix(".")
+    return text.replace("{,}", ",").replace("**", "").strip().removesuffix(".")
 
 
 def single_number(text: str) -> Fraction | None:

@@ -274,8 +274,9 @@ def test_what_would_be_wrong_is_refused():
         ("length_norm is", partial(gradient, length_norm="seqence")),
         *(("needs ref_model", partial(gradient, beta=0.1, ref_model=ref)) for ref in (None, model)),
         *(("1 finite numbers", partial(agrpo.policy_gradient, model, rollout, A, **one)) for A in ([math.nan], [1, 2])),
+        ("validation", partial(TASKS["sudoku"].examples, "validation", agrpo.Settings())),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((ValueError, KeyError), match=said):
             wrong()
 
 
@@ -390,8 +391,8 @@ def test_pairs_are_drawn_in_proportion():
 
 
 def one_step_view(rollout: Rollout, mask_id: int, hide: float = 0.15, generator=None) -> Rollout:
-    """A rollout as if one step had unmasked it all, part of the prompt masked: `policy_gradient` of it, with length norm
-    "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
+    """A rollout as if one step had unmasked it all, part of the prompt masked. `policy_gradient` of it, with the length
+    norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
     token was sampled in such a state. Not truncated; without a logp, so good for on-policy steps only."""
     hidden = (torch.rand(rollout.prompt.shape, generator=generator) < hide).to(rollout.prompt.device)
     prompt, steps = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id), rollout.num_steps.clamp(max=1)
@@ -535,6 +536,7 @@ def test_diffu_grpo_masks_everything_and_some_of_the_prompt(monkeypatch):
     one, two = (one_step_view(rollout, MASK, generator=seeded(n)) for n in (0, 1))
     assert not one.prompt.equal(two.prompt) and rollout.prompt.equal(prompt)
     assert one.prompt.unique().tolist() == [X, MASK] and abs((one.prompt == MASK).double().mean() - 0.15) < 0.02
+    assert one.num_steps.eq(1).all() and one.step.equal(torch.where(rollout.step < 0, -1, 0))
     logits = model(input_ids=torch.cat([one.prompt, torch.full((500, 4), MASK)], 1)).logits[:, 6:, :MASK]
     logp = logits.log_softmax(-1).gather(-1, rollout.completion[..., None]).squeeze(-1)
     J = (A[:, None] * logp.masked_fill(rollout.step < 0, 0)).mean()
@@ -837,7 +839,7 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
 
 @pytest.mark.parametrize("how", ["--scale_by_std true", "--beta 0.1 --report_to tensorboard"])
 def test_other_options_run_to_the_end(how, short_run, monkeypatch):
-    """Also: each epoch has each example once, in another order; gradients are clipped; each update's noise is its own."""
+    """Also: each epoch has each example once, in another order; gradients are clipped; updates differ in noise."""
     "tensorboard" in how and pytest.importorskip("tensorboard")
     few = lambda split, seed: TASKS["sudoku"].create(split, seed)[: 3 if split == "train" else 8]
     monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few, picture=lambda e, _: f"<{e['puzzle']}>"))
@@ -850,7 +852,8 @@ def test_other_options_run_to_the_end(how, short_run, monkeypatch):
         printed = run(SHORT, folder, how, "--learning_rate 1e-2 --warmup_steps 0 --eval_every 2")
     lines, puzzles = figures(folder), re.findall("<([0-4]{16})>", printed)
     assert any(line["clip_ratio"] > 0 for line in lines)  # the second step is off policy
-    assert (lines[1]["kl"] > 0, any(folder.glob("events.out.tf*"))) == ("beta" in how, "tensorboard" in how)
+    assert len(lines) == 6 and (lines[1]["kl"] > 0) == ("beta" in how)
+    assert any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
     assert sorted(puzzles[:3]) == sorted(puzzles[3:]) and len({*puzzles}) == 3 and puzzles[:3] != puzzles[3:]
     assert [x.args[1] for x in clip.call_args_list] == [1.0] * 12
     assert agrpo.group_advantages.call_args.args[2] == ("scale" in how)
@@ -1180,7 +1183,8 @@ def test_a_checkpoint_trains_with_lora_on_each_task(kind, task, tmp_path, monkey
     shutil.copytree(one, two, ignore=shutil.ignore_patterns("checkpoint-3"))
     shutil.copytree(two / "checkpoint-2", two / "checkpoint-3-mine")  # which is not the run's
     run("--resume", two)
-    assert all("a run cannot be" in refusal("--resume", two, x) for x in ("--lora_rank 3", f"--output_dir {one}"))
+    for other in "--lora_rank 3", f"--output_dir {one}":
+        assert f"{other.split()[0]} of a run cannot be changed" in refusal("--resume", two, other)
     assert same_run(one, two) and all(line["grad_norm"] > 0 < line["kl"] for line in figures(one)[1:])
     assert json.loads((one / "settings.json").read_text())["top_k"] == 150  # the release's
     assert len(agrpo.load_file(one / "checkpoint-3" / "adapter_model.safetensors")) == 2 * 2 * 7
@@ -1264,10 +1268,17 @@ def print_memory():
 # ===== 8. eval.py and the README ======================================================================================
 
 AS_RELEASED = [  # what the release counts, whether or not we do; | is between texts
-    ("gsm8k", {"gold": "5"}, 1, "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|-5|5.5|5,000|5!|5/2|$5$|5\n6"),
-    ("gsm8k", {"gold": "5"}, 0, "1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|12.50|05||٥|55|x|0.5|<answer></answer>5"),
+    ("gsm8k", {"gold": "5"}, 1, (
+        "5|The 5th|<answer>5 or 6</answer> 7|\\boxed{5} \\boxed{6}|<answer>5</answer><answer>6</answer>|-5|5.5|5,000|"
+        "5!|5/2|<answer>\\boxed{x5}</answer>|is $5$|6 \\boxed{5}|<answer>\n5\n</answer>|5\n6|"
+        "<answer>6 \\boxed{5}</answer>")),
+    ("gsm8k", {"gold": "5"}, 0, (
+        "1,234|6 5|<answer>five</answer> 5|\\boxed{6} 5|<answer>6</answer><answer>5</answer>|12.50|05||٥|55|x|0.5|"
+        "\\boxed{} 5 6 \\boxed{5}|<answer></answer>5")),
     ("gsm8k", {"gold": "1,234"}, 1, "1234"), ("math", {}, 1, "whatever it is"),
-    ("countdown", SUM, 1, "30+93-100=23|so\n30+93-100 = 23"), ("countdown", SUM, 0, "30+93-100|30+93-100=23\n1=1|"),
+    ("countdown", SUM, 1, "30+93-100=23|so\n30+93-100 = 23|<answer>93-100+30 = 23</answer>|1=1\n30+93-100=23"),
+    ("countdown", SUM, 0, "30+93-100|30+93-100=23\n1=1|30+93=23||<answer></answer>30+93-100=23"),
+    ("sudoku", FILLED, 1, f"{GRID}|<answer>{GRID}</answer> 1"),
     ("sudoku", FILLED, 1 / 8, "4" * 16), ("sudoku", FILLED, 0, ""),
 ]  # fmt: skip
 
