@@ -420,12 +420,12 @@ def policy_gradient(
 # ===== 5. Training loop ===============================================================================================
 
 
-def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: list, args: "Settings", ref_model=None):
-    """Train, from the run's newest checkpoint on. Random choices are seeded by (seed, purpose, update): a run that was
-    killed ends as if it had not been, on a CPU bit for bit. Raises FloatingPointError where an update is not finite."""
-    run, trained = Path(args.output_dir), [p for p in model.parameters() if p.requires_grad]
+def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model=None) -> None:
+    """Train policy = (model, tokenizer, mask_id), from the run's newest checkpoint on. Randomness is seeded by (seed,
+    purpose, update): on a CPU, a run that was killed ends bit for bit as if it had not been."""
+    (model, tokenizer, mask_id), task, run = policy, TASKS[args.task], Path(args.output_dir)
+    trained, history, log = [p for p in model.parameters() if p.requires_grad], [], run / "metrics.jsonl"
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
-    history, log = [], run / "metrics.jsonl"
     for folder in checkpoints(run)[-1:]:  # what came after it is done again
         history = [json.loads(line) for line in log.read_text().splitlines()[: number(folder)]]
         for key, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -433,20 +433,22 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
             optimizer.state[trained[int(i)]][name] = tensor if name == "step" else tensor.to(model.device)
     report, count = lambda *_: None, args.prompts_per_update
     if rank() == 0 and args.report_to == "wandb":
-        report = importlib.import_module("wandb").init(project="agrpo", config=asdict(args)).log
+        import wandb
+
+        report = wandb.init(project="agrpo", config=asdict(args)).log
     if rank() == 0 and args.report_to == "tensorboard":
-        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(run)
-        report = lambda metrics, step: [board.add_scalar(name, value, step) for name, value in metrics.items()]
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(run)
+        report = lambda metrics, step: [board.add_scalar(*metric, step) for metric in metrics.items()]
     epochs = range(math.ceil(args.max_steps * count / len(examples)))  # each has every example once
     order = [e for n in epochs for e in random.Random(f"{args.seed} epoch {n}").sample(examples, len(examples))]
     model.train(args.gradient_checkpointing)  # as this works in training mode only; dropout is refused
     bar = tqdm(range(len(history), args.max_steps), "AGRPO", args.max_steps, initial=len(history), disable=no_bar())
-    due = lambda every: every > 0 and (update + 1) % every == 0
-    best = lambda: max(history, key=lambda row: row.get("eval_accuracy", 0))  # the first of equals
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count :][:count] for _ in range(args.group_size)]
-        batch, texts, rollout = generate(model, tokenizer, mask_id, task, chosen, args, (args.seed, "rollout", update))
+        batch, texts, rollout = generate(*policy, chosen, args, (args.seed, "rollout", update))
 
         # Rewards and advantages.
         rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
@@ -479,60 +481,55 @@ def train(model, tokenizer, mask_id: int, task: "Task", examples: list, test: li
         }  # fmt: skip
         sums = sum_over_ranks(torch.tensor([*map(float, metrics.values())], dtype=torch.float64))
         metrics = {"update": done} | dict(zip(metrics, (sums / world_size()).tolist()))
-        if due(args.eval_every):
-            metrics["eval_accuracy"] = evaluate(model, tokenizer, mask_id, task, test, args, args.eval_steps[0], True)
+        best = max((row.get("eval_accuracy", 0) for row in history), default=0)
+        if args.eval_every and done % args.eval_every == 0:
+            metrics["eval_accuracy"] = accuracy = evaluate(*policy, test, args, args.eval_steps[0], greedy=True)
+            bar.write(f"update {done}: accuracy {accuracy:.3f} in evaluation; before, at best {best:.3f}")
         history.append(metrics)
         if rank() == 0:
             report(metrics, done)
             log.with_suffix(".part").write_text("".join(json.dumps(row) + "\n" for row in history))
             log.with_suffix(".part").replace(log)  # all of it or nothing, whenever the process is killed
-            if best() is metrics and metrics.get("eval_accuracy"):
+            if metrics.get("eval_accuracy", 0) > best:
                 save_model(model, tokenizer, run / "best")
-            if due(args.save_every) or done == args.max_steps:
+            if done % args.save_every == 0 or done == args.max_steps:
                 save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
                 for old in checkpoints(run)[:-2]:
                     shutil.rmtree(old)
-        if due(max(1, args.max_steps // 20)):
-            text = "reward {reward:.2f} accuracy {accuracy:.2f} grad_norm {grad_norm:.2f}".format(**metrics)
-            bar.write(f"update {done} of {args.max_steps}: {text}")
-        if due(args.show_every):
-            bar.write(f"\nupdate {done}: reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
+        if done % max(1, args.max_steps // 20) == 0:
+            bar.write("update {update}: reward {reward:.2f} accuracy {accuracy:.2f}".format(**metrics))
+        if args.show_every and done % args.show_every == 0:
+            bar.write(f"\na completion of reward {rewards[0]:g}\n{task.picture(batch[0], texts[0])}\n")
         if done in (5, args.max_steps) and all(row["frac_reward_zero_std"] == 1 for row in history):
             bar.write("Nothing to learn from: equal rewards in each group. Try --answer_format boxed (gsm8k, math)")
         sys.stdout.flush()  # for those who watch a log file
-    for name in ("reward", "accuracy"):  # curves, in plain characters
-        parts = torch.tensor([row[name] for row in history]).tensor_split(min(64, len(history)))
-        columns = [float(part.mean()) for part in parts]
-        for level in (0.9, 0.7, 0.5, 0.3, 0.1):
-            print("  |" + "".join(" #"[column > max(columns) * level] for column in columns))
-        print(f"  {name} in updates 1 to {len(history)}; the highest column: {max(columns):.2f}\n")
-    if best().get("eval_accuracy"):
-        print("  {0}/best is update {update}, with accuracy {eval_accuracy:.3f} in evaluation".format(run, **best()))
 
 
-def generate(model, tokenizer, mask_id: int, task: "Task", examples: list, args: "Settings", key: tuple, **changes):
-    """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout).
-    Each --rollout_batch has its own generator, from the key: texts do not depend on how many processes share them.
-    Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
+def generate(model, tokenizer, mask_id: int, examples: list, args: "Settings", key: tuple, **changes):
+    """Complete each example; under torchrun, this process's share. Returns (its examples, their completions, Rollout or
+    None). Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
+    task, ends, texts, rollouts = TASKS[args.task], end_tokens(tokenizer), [], []
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    ends, options = end_tokens(tokenizer), {name: getattr(args, name) for name in names} | changes
-    prompts, mine, texts, rollouts = [task.prompt(e, tokenizer, args.answer_format) for e in examples], [], [], []
+    options = {name: getattr(args, name) for name in names} | changes
+    prompts = [task.prompt(e, tokenizer, args.answer_format) for e in examples]
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    ids, mask = (encoded[name].to(model.device).split(args.rollout_batch) for name in ("input_ids", "attention_mask"))
-    for n in range(rank(), len(ids), world_size()):
-        rng = seeded_generator(model.device, *key, n)
-        rollouts.append(sample(model, ids[n], mask[n], mask_id=mask_id, eos_id=ends, generator=rng, **options))
+    share = math.ceil(len(examples) / world_size())
+    first = rank() * share
+    parts = (encoded[name][first:][:share].split(args.rollout_batch) for name in ("input_ids", "attention_mask"))
+    for n, ids, mask in zip(range(first, len(examples), args.rollout_batch), *parts):
+        rng, (ids, mask) = seeded_generator(model.device, *key, n), (x.to(model.device) for x in (ids, mask))
+        rollouts.append(sample(model, ids, mask, mask_id=mask_id, eos_id=ends, generator=rng, **options))
         texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
-        mine += examples[n * args.rollout_batch :][: args.rollout_batch]
-    parts = [torch.cat(part) for part in zip(*(vars(r).values() for r in rollouts)) if part[0] is not None]
-    return mine, texts, Rollout(*parts) if parts else None  # None if this process has no share
+    fields = [torch.cat(x) for x in zip(*(vars(r).values() for r in rollouts)) if x[0] is not None]
+    return examples[first:][:share], texts, Rollout(*fields) if rollouts else None
 
 
-def evaluate(model, tokenizer, mask_id: int, task: "Task", test: list, args: "Settings", steps: int, greedy: bool):
+def evaluate(model, tokenizer, mask_id: int, test: list, args: "Settings", steps: int, greedy: bool) -> float:
     """Accuracy: the share of test examples answered right, each completed once in so many steps."""
     how = {"unmasking": "low_confidence", "temperature": 0.0} if greedy else {}
-    mine, texts, _ = generate(model, tokenizer, mask_id, task, test, args, ("evaluation",), steps=steps, **how)
-    return sum_over_ranks(torch.tensor(sum(right for _, right in map(task.grade, mine, texts)))).item() / len(test)
+    mine, texts, _ = generate(model, tokenizer, mask_id, test, args, ("evaluation",), steps=steps, **how)
+    right = sum(right for _, right in map(TASKS[args.task].grade, mine, texts))
+    return sum_over_ranks(torch.tensor(right)).item() / len(test)
 
 
 end_tokens = lambda tokenizer: [tokenizer.eos_token_id, tokenizer.pad_token_id]  # models differ in which fills the rest
@@ -922,7 +919,7 @@ class Settings:  # with the tiny model's defaults; RELEASE holds those that diff
     model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
     answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or only for a box")
     data: str | None = option(None, "a file to test on, a folder of train.* and test.*, or a hub id")
-    output_dir: str | None = option(None, "the run's folder; None: a new one in runs/")
+    output_dir: str | None = option(None, "the run's folder; None: runs/TASK-MODEL-seedN")
     resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str | None = option(None, "cuda, mps or cpu; None: the first that there is")
@@ -932,9 +929,9 @@ class Settings:  # with the tiny model's defaults; RELEASE holds those that diff
     k: int = option(1, "steps drawn per completion, on average")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's standard deviation")
-    optimizer_steps: int = option(2, "optimizer steps in an update, on the same rollouts")
-    eps_low: float = option(0.2, "eps: clip the ratio at 1 - eps_low")
-    eps_high: float = option(0.2, "eps: clip the ratio at 1 + eps_high")
+    optimizer_steps: int = option(2, "optimizer steps on the same rollouts")
+    eps_low: float = option(0.2, "clip the ratio at 1 - eps_low")
+    eps_high: float = option(0.2, "clip the ratio at 1 + eps_high")
     beta: float = option(0.0, "weight of the KL to the model before training")
     completion_length: int = option(16, "tokens in a completion")
     block_length: int = option(16, "unmasked from left to right; divides completion_length")
@@ -947,8 +944,8 @@ class Settings:  # with the tiny model's defaults; RELEASE holds those that diff
     warmup_steps: int = option(20, "updates in which the learning rate rises")
     lora_rank: int = option(0, "r of LoRA on all linear layers but the head; 0: train all weights")
     micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes no result")
-    rollout_batch: int = option(512, "completions sampled at once, whole groups")
-    gradient_checkpointing: bool = option(False, "less memory in the backward pass, more time")
+    rollout_batch: int = option(512, "completions sampled at once")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
     eval_steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "steps to measure at"})
     eval_examples: int = option(0, "test examples to measure on; 0: all")
     eval_every: int = option(0, "updates between measurements, greedy at the first of eval_steps; 0: none")
@@ -981,23 +978,22 @@ def parse_settings(argv: list[str]) -> Settings:
         if not file.is_file() or not file.read_text():
             parser.error(f"--resume {first.resume}: no settings.json there; give the folder that the run printed")
         saved = {name: value for name, value in json.loads(file.read_text()).items() if hasattr(first, name)}
-        parser.set_defaults(**saved | {"resume": first.resume, "output_dir": first.resume})
+        parser.set_defaults(**saved | {"resume": first.resume})
     elif first.task != "sudoku" or not is_tiny(first.model):
         parser.set_defaults(**SMALL if "qwen3-0.6b" in first.model.lower() else RELEASE)
-    args = Settings(**vars(parser.parse_args(argv)))
-    absolute = lambda name: str(Path(name).resolve()) if name not in (None, "tiny") and Path(name).exists() else name
-    args.model, args.data = absolute(SMALL["model"] if args.model == "qwen3-0.6b" else args.model), absolute(args.data)
-    for name, value in vars(args).items():
-        if args.resume and value != parser.get_default(name):
-            if name in ("lora_rank", "output_dir"):
-                parser.error(f"--{name} of a run cannot be changed")
-            print(f"--{name} was {parser.get_default(name)}, is {value} from here on")
-    name = f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
-    names = (name + f"-{i}" * (i > 1) for i in itertools.count(1))
-    args.output_dir = args.output_dir or next(name for name in names if not Path(name).exists())
-    if (Path(args.output_dir) / "settings.json").exists() and not args.resume:
-        parser.error(f"{args.output_dir} has a run; give another --output_dir, or go on: --resume {args.output_dir}")
-    return args
+    args = parser.parse_args(argv)
+    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.resume:
+        print("changed from here on:", changed or "nothing")
+    if args.model == "qwen3-0.6b":
+        args.model = SMALL["model"]
+    if args.data and Path(args.data).exists():
+        args.data = str(Path(args.data).resolve())
+    run = args.output_dir or f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
+    args.output_dir = args.resume or run
+    if Path(run, "settings.json").exists() and not args.resume:
+        parser.error(f"{run} has a run; give another --output_dir, or go on: --resume {run}")
+    return Settings(**vars(args))
 
 
 def prepare(args: Settings) -> None:
@@ -1012,10 +1008,9 @@ def prepare(args: Settings) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good: only the first process prints
-    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "micro_batch")
-    for name in (*positive, "block_length", "prompts_per_update", "rollout_batch", "group_size"):
-        if not getattr(args, name) > (least := int(name == "group_size")):
-            raise BadInput(f"--{name} must be above {least}, not {getattr(args, name)}")
+    for name in ("temperature", "top_p", "k", "max_steps", "save_every", "block_length", "rollout_batch", "group_size"):
+        if not getattr(args, name) > (name == "group_size"):
+            raise BadInput(f"--{name} {getattr(args, name)} is too small")
     if args.model == "tiny" and args.task != "sudoku":
         raise BadInput("tiny knows only sudoku; give another --model")
     for used, package in (args.task == "math", "math_verify"), (args.report_to != "none", args.report_to):
@@ -1029,14 +1024,13 @@ def prepare(args: Settings) -> None:
         raise BadInput(str(error)) from None
 
 
-def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Task, test: list, args: Settings) -> None:
+def measure(results: dict, stage: str, policy: tuple, test: list, args: Settings) -> None:
     """Add to results the accuracy at each of eval_steps, as trained and greedy; print a table of what they hold."""
-    at = lambda steps, greedy: evaluate(model, tokenizer, mask_id, task, test, args, steps, greedy)
     results[stage], trained = {}, f"{args.unmasking} unmasking, temperature {args.temperature:g}"
     print(f"\nAccuracy on {len(test)} test examples, by sampling steps (trained with {args.steps})")
     for name, how in ("as trained", trained), ("greedy", "low-confidence unmasking, temperature 0"):
-        results[stage][name] = {str(steps): at(steps, name == "greedy") for steps in args.eval_steps}
-        print(f"\n  {f'{name} ({how})':50s}" + "".join(f"{steps:>7}" for steps in args.eval_steps))
+        results[stage][name] = {n: evaluate(*policy, test, args, n, name == "greedy") for n in args.eval_steps}
+        print(f"\n  {f'{name} ({how})':50s}" + "".join(f"{n:>7}" for n in args.eval_steps))
         for row, found in results.items():
             print(f"    {row:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in found[name].values()))
     print(flush=True)
@@ -1044,20 +1038,18 @@ def measure(results: dict, stage: str, model, tokenizer, mask_id: int, task: Tas
 
 def run_training(args: Settings) -> None:
     began, task, run, results = time.time(), TASKS[args.task], Path(args.output_dir), {}
-    share = args.prompts_per_update * args.group_size / world_size()
-    if world_size() > 1:
-        args.rollout_batch = min(args.rollout_batch, math.ceil(share))
-        if share % args.rollout_batch or args.rollout_batch % args.group_size:
-            raise BadInput(f"--rollout_batch must divide {share:g}, a process's share, and hold whole groups")
+    if args.prompts_per_update % world_size():
+        raise BadInput(f"--prompts_per_update must be a multiple of the {world_size()} processes")
     given, test = task.examples("train", args), task.examples("test", args)
     asked = {task.question.format(**example) for example in test}
     examples, test = [e for e in given if task.question.format(**e) not in asked], test[: args.eval_examples or None]
     if not examples:
-        raise BadInput(f"all {len(given)} training examples are test examples too")
+        raise BadInput("all training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
     half = args.lora_rank > 0 and args.device.startswith("cuda")  # frozen weights; those that are trained never are
-    model, tokenizer, mask_id = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
-    merge_lora(model)  # if it is an adapter, a new one goes on top of it
+    policy = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
+    model = merge_lora(policy[0])  # if it is an adapter, a new one goes on top of it
+    args.model = model.name_or_path or args.model  # the whole path
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "settings.json").touch(exist_ok=bool(args.resume))  # fails if another run has begun here
@@ -1069,25 +1061,22 @@ def run_training(args: Settings) -> None:
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
             pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]
-            pretrain(model, tokenizer, mask_id, pairs, args.seed, args.pretrain_steps)
-            save_model(model, tokenizer, run / "base")
+            pretrain(*policy, pairs, args.seed, args.pretrain_steps)
+            save_model(*policy[:2], run / "base")
         sum_over_ranks(torch.ones(1))  # the others wait here
-        model, _, _ = load_model(str(run / "base"), args.device)
-    measure(results, "base", model, tokenizer, mask_id, task, test, args)
+        policy = load_model(str(run / "base"), args.device)
+    measure(results, "base", policy, test, args)
+    model = policy[0]
     shared = {id(p): p for p in model.parameters()} if args.lora_rank else {}  # LoRA leaves these weights as they are
     ref_model = copy.deepcopy(model, memo=shared).requires_grad_(False) if args.beta > 0 else None
     if args.lora_rank:
         load_lora(model, start) if start != run else add_lora(model, args.lora_rank)
     elif start != run:
-        model, _, _ = load_model(str(start), args.device)
+        policy = load_model(str(start), args.device)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
-    train(model, tokenizer, mask_id, task, examples, test, args, ref_model)
-    measure(results, "AGRPO", model, tokenizer, mask_id, task, test, args)
-    base, trained = (found["greedy"] for found in results.values())
-    few = str(args.eval_steps[len(args.eval_steps) // 2])
-    enough = min((int(steps) for steps in base if base[steps] >= trained[few]), default="more than those")
-    print(f"  Greedy, AGRPO in {few} steps: {trained[few]:.3f}; base needs {enough} for that\n")
+        policy[0].activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
+    train(policy, examples, test, args, ref_model)
+    measure(results, "AGRPO", policy, test, args)
     if rank() == 0:
         (run / "results.json").write_text(json.dumps({"examples": len(test)} | results, indent=1))
         print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run}/metrics.jsonl")

@@ -75,7 +75,7 @@ def complete(loaded: tuple, examples: list, args: Options, steps: int, seed: int
     """Each example completed once: records in the order of the examples, the same in every process."""
     task, ends, records = agrpo.TASKS[args.task], agrpo.end_tokens(loaded[1]), []
     key = ("evaluation", seed, sample) if seed or sample else ("evaluation",)  # the latter is training's
-    mine, texts, rollout = agrpo.generate(*loaded, task, examples, args, key, steps=steps)
+    mine, texts, rollout = agrpo.generate(*loaded, examples, args, key, steps=steps)
     paths = zip(rollout.completion.tolist(), rollout.step.tolist()) if mine else []
     for example, text, (tokens, step) in zip(mine, texts, paths):
         record = {"steps": steps, "seed": seed, "sample": sample, "example": example["number"]}
