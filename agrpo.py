@@ -553,48 +553,45 @@ class BadInput(ValueError): ...  # what was given cannot work: agrpo.py and eval
 @dataclass
 class Task:
     is_right: Callable  # (example, answer) -> bool
-    columns: dict  # key of an example -> (pattern with it as a group, names of its column)
-    question: str  # a template over an example, which is a dict
-    hub: dict | None = None  # split -> data set
-    create: Callable | None = None  # (split, seed) -> examples
-    plain: str | None = None  # in place of question for a model without a chat template
-    credit: Callable = lambda example, answer: 0.0  # partial credit, from 0 to 1
-    picture: Callable = lambda example, completion: completion
+    source: Callable  # (split, seed) -> examples made here, or a data set on the hub
+    columns: dict  # names of a column -> a pattern, whose named groups make up the example
+    question: str  # a template over the example
+    credit: Callable = lambda *_: 0.0  # (example, answer) -> partial credit, from 0 to 1
+    picture: Callable = lambda _, completion: completion
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
-        """From --data or the task's data set; made here if there is neither, or if it has no train* to train on."""
-        source = args.data or (self.hub and self.hub[split])
-        place = source and local_or_hub(source, "dataset", ["*.json*", "*.csv", "*.parquet"])
-        if self.create and (not place or (split == "train" and not any(place.rglob("train*")))):
-            return self.create(split, args.seed)
+        """To "train" or "test" on: from --data, where a file is to test on, or else from the task's source."""
+        source = args.data
+        if not source or (split == "train" and Path(source).is_file()):
+            source = self.source(split, args.seed)
+        if isinstance(source, list):
+            return source
         import datasets  # here, as it takes 85 MB
 
         datasets.disable_progress_bars()
-        name = ".+" if place.is_file() and split == "test" else split + r"(-\d+-of-\d+)?"
-        found = [place, *place.glob("*"), *place.glob("main/*"), *place.glob("data/*")]  # the latter two on the hub
-        files = sorted(str(file) for file in found if re.fullmatch(name + r"\.(jsonl?|csv|parquet)", file.name))
-        if len(files) != int((re.findall(r"-of-(\d+)\.", str(files)) or [1])[0]):
-            raise BadInput(f"{source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
-        kind = Path(files[0]).suffix[1:].removesuffix("l")
-        text = {"converters": {name: str for _, *names in self.columns.values() for name in names}}  # 01 is not 1
+        patterns = [at + split + shard for at in ("", "data/", "main/") for shard in (".*", "-*-of-*")]
+        place = local_or_hub(source, "dataset", patterns)
+        files = sorted(map(str, itertools.chain(*map(place.glob, patterns)))) or [str(place)]
+        examples, problem = [], f"no rows in a readable {split}.csv, .json, .jsonl or .parquet, or not all its shards"
         try:
-            rows = datasets.load_dataset(kind, data_files=files, split="train", **(text if kind == "csv" else {}))
-        except Exception as error:  # noqa: BLE001 - each format has errors of its own
-            raise BadInput(f"{files[0]}: not readable, or no rows: {error.__cause__ or error}") from None
-        examples = []
-        for n, row in enumerate(rows.to_list(), start=1):
-            examples.append({})
-            for key, (pattern, *names) in self.columns.items():
-                value = next((row[name] for name in names if row.get(name) is not None), "")
-                if not (match := re.fullmatch(pattern, str(value).strip(), re.DOTALL)):
-                    raise BadInput(f"{files[0]}, row {n}: no {' or '.join(names)} like {pattern} in {row!r:.100}")
-                examples[-1][key] = match[1]
+            if len(files) != int((re.findall(r"-of-(\d+)", files[0]) or [1])[0]):
+                raise ValueError(files)
+            kind = Path(files[0]).suffix[1:].removesuffix("l")
+            text = {"converters": dict.fromkeys("|".join(self.columns).split("|"), str)} if kind == "csv" else {}
+            for row in datasets.load_dataset(kind, data_files=files, split="train", **text):  # text, as 01 is not 1
+                examples.append({})
+                for names, pattern in self.columns.items():
+                    problem = f"no {names} like {pattern} in row {len(examples)}"
+                    value = next(filter(None, map(row.get, names.split("|"))))
+                    examples[-1] |= re.fullmatch(pattern, str(value).strip(), re.DOTALL).groupdict()
+        except Exception as error:
+            raise BadInput(f"{files[0]}: {problem}") from error
         return examples
 
     def prompt(self, example: dict, tokenizer, answer_format: str = "tags") -> str:
         question = BOXED if answer_format == "boxed" and self.question == TAGS else self.question
         if not tokenizer.chat_template:
-            return (self.plain or question).format(**example)
+            return example.get("puzzle", question.format(**example))  # all that the tiny model reads
         chat = [{"role": "user", "content": question.format(**example)}]
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
@@ -654,7 +651,10 @@ def countdown_create(split: str, seed: int) -> list[dict]:
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether it is an expression of the target from exactly the given numbers; "= target" may follow it."""
-    expression = re.sub(rf"=\s*{example['target']}\s*$", "", plainly(answer))
+    text = unboxed(answer)
+    for sign, written in ("*", r"×|·|\\times|\\cdot"), ("/", r"÷|\\div"):
+        text = re.sub(written, sign, text)
+    expression = re.sub(rf"(=\s*{example['target']})?[\s.]*$", "", text)
     given, used = (sorted(re.findall("[0-9]+", text)) for text in (example["numbers"], expression))
     return used == given and arithmetic(expression) == int(example["target"])
 
@@ -666,21 +666,12 @@ def arithmetic(expression: str) -> Fraction | None:
         return worth(ast.parse(" ".join(allowed.split()), mode="eval").body)
 
 
-def plainly(answer: str) -> str:
-    """The answer out of its box, with one sign each for times, divided by, minus and comma, no bold, no full stop."""
-    text = boxed(answer) or answer
-    for sign, written in ("*", r"×|·|\\(times|cdot)\b"), ("/", r"÷|\\div\b"), ("-", "[‐-–−﹣－]"):
-        text = re.sub(written, sign, text)
-    return text.replace("{,}", ",").replace("**", "").strip().removesuffix(".")
-
-
 def single_number(text: str) -> Fraction | None:
-    """The only number in a text, be it 1,234 or $1234.00 or 1234 apples; None for several, or one in a formula."""
-    text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))  # m^2
-    found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
-    if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
-        return None
-    return Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
+    """The number in 1,234 or $1234.00 or 1234 apples; None if there are several, or there is more to it."""
+    words = r"(?!(sqrt|log|ln|exp|pi)(?![a-z]))[A-Za-z]+([-/'][A-Za-z]+)*(\^2|²)?[.,:!]?|\\?[$%]|\\text|[={}#€£]|\*\*"
+    text = re.sub(words, " ", unboxed(text).replace("{,}", ","))
+    if len(text) < 100 and re.fullmatch(r"(?a)\s*-?\s*([1-9]\d{0,2}(,\d{3})+|\d+)(\.\d*)?\s*", text):
+        return Fraction(re.sub(r"[\s,]", "", text))
 
 
 def math_right(example: dict, answer: str) -> bool:
@@ -693,28 +684,28 @@ def math_right(example: dict, answer: str) -> bool:
 
 SIGN = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
 worth = lambda n: SIGN[type(n.op)](worth(n.left), worth(n.right)) if hasattr(n, "op") else Fraction(n.value)
-NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
-ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
 BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") == 1 else ""  # what the only box holds
+unboxed = lambda text: re.sub("[‐-–−﹣－]", "-", boxed(text) or text)  # with one sign for minus
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
 TAGS = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
 BOXED = "{question}\n\nReason step by step, and put the final answer within \\boxed{{}}."  # --answer_format boxed
 TASKS = {
-    "sudoku": Task(lambda example, answer: sudoku_credit(example, answer) == 1, create=sudoku_create, plain="{puzzle}",
-        credit=sudoku_credit, picture=sudoku_picture,
-        columns={"puzzle": ("([0-4]{16})", "Puzzle"), "solution": ("([1-4]{16})", "Solution")},
-        question="Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 "
-        "once; 0 is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>."),
-    "countdown": Task(countdown_right, create=countdown_create, columns={
-        "numbers": (r"\[?([0-9]+(?:[, ]+[0-9]+)+)\]?", "input", "nums"), "target": ("([0-9]+)", "output", "target")},
-        question="Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, "
-        "/ and parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9."),
+    "sudoku": Task(lambda *pair: sudoku_credit(*pair) == 1, sudoku_create,
+        {"Puzzle": "(?P<puzzle>[0-4]{16})", "Solution": "(?P<solution>[1-4]{16})"},
+        "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 is "
+        "a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>.",
+        sudoku_credit, sudoku_picture),
+    "countdown": Task(countdown_right, countdown_create,
+        {"input|nums": r"\[?(?P<numbers>[0-9]+(?:[, ]+[0-9]+)+)\]?", "output|target": "(?P<target>[0-9]+)"},
+        "Write an expression that equals {target}, using each of the numbers {numbers} exactly once, +, -, *, / and "
+        "parentheses." + FORMAT + "the expression alone, such as <answer>(1 + 2) * 3</answer> for 9."),
     "gsm8k": Task(lambda example, answer: single_number(answer) == Fraction(example["gold"].replace(",", "")),
-        {"question": ("(.+)", "question"), "gold": (r".*####\s*\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)", "answer")}, TAGS,
-        hub={"train": "openai/gsm8k", "test": "openai/gsm8k"}),  # arXiv 2110.14168
-    "math": Task(math_right, {"question": ("(.+)", "problem"), "solution": (r"(.*\\boxed.*)", "solution")}, TAGS,
-        hub={"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}),  # arXiv 2103.03874
+        lambda *_: "openai/gsm8k",  # arXiv 2110.14168
+        {"question": "(?P<question>.+)", "answer": r".*####\s*\$?(?P<gold>-?[0-9][0-9,]*(?:\.[0-9]+)?)"}, TAGS),
+    "math": Task(math_right,  # arXiv 2103.03874
+        lambda split, _: "DigitalLearningGmbH/MATH-lighteval" if split == "train" else "HuggingFaceH4/MATH-500",
+        {"problem": "(?P<question>.+)", "solution": r"(?P<solution>.*\\boxed.*)"}, TAGS),
 }  # fmt: skip
 
 
@@ -916,43 +907,43 @@ option = lambda default, text: field(default=default, metadata={"help": text})
 @dataclass
 class Settings:  # with the tiny model's defaults; RELEASE holds those that differ for an 8B model
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to train on")
-    model: str = option("tiny", "tiny (pretrained on the spot), qwen3-0.6b, a folder or a hub id")
-    answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or only for a box")
+    model: str = option("tiny", "tiny, qwen3-0.6b, a folder or a hub id")
+    answer_format: Literal["tags", "boxed"] = option("tags", "gsm8k and math: ask for tags, or for a box alone")
     data: str | None = option(None, "a file to test on, a folder of train.* and test.*, or a hub id")
     output_dir: str | None = option(None, "the run's folder; None: runs/TASK-MODEL-seedN")
-    resume: str | None = option(None, "a run's folder, to go on with its settings but for those given here")
-    seed: int = option(0, "the same seed gives the same run on the same machine")
-    device: str | None = option(None, "cuda, mps or cpu; None: the first that there is")
+    resume: str | None = option(None, "a run's folder, to go on with; other options replace its own")
+    seed: int = option(0, "the same seed gives the same run")
+    device: str | None = option(None, "cuda, mps or cpu; None: the best there is")
     max_steps: int = option(160, "updates")
-    prompts_per_update: int = option(32, "prompts in an update, over all processes")
+    prompts_per_update: int = option(32, "prompts in an update")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(1, "steps drawn per completion, on average")
+    k: int = option(1, "steps drawn per completion")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
-    scale_by_std: bool = option(False, "divide advantages by the group's standard deviation")
+    scale_by_std: bool = option(False, "divide advantages by the group's deviation")
     optimizer_steps: int = option(2, "optimizer steps on the same rollouts")
     eps_low: float = option(0.2, "clip the ratio at 1 - eps_low")
     eps_high: float = option(0.2, "clip the ratio at 1 + eps_high")
     beta: float = option(0.0, "weight of the KL to the model before training")
     completion_length: int = option(16, "tokens in a completion")
-    block_length: int = option(16, "unmasked from left to right; divides completion_length")
-    steps: int = option(4, "T: sampling steps for a completion")
+    block_length: int = option(16, "tokens in a block")
+    steps: int = option(4, "T: sampling steps")
     unmasking: Literal["random", "low_confidence"] = option("random", "what a step unmasks; random is exact")
     temperature: float = option(1.0, "tau: sampling temperature")
-    top_k: int = option(0, "sample from so many most probable tokens; 0: from all")
-    top_p: float = option(1.0, "sample from the most probable that make up this probability")
-    learning_rate: float = option(7e-4, "AdamW's, before warm-up and cosine decay to 0")
-    warmup_steps: int = option(20, "updates in which the learning rate rises")
-    lora_rank: int = option(0, "r of LoRA on all linear layers but the head; 0: train all weights")
-    micro_batch: int = option(256, "(completion, step) pairs in memory at once; changes no result")
+    top_k: int = option(0, "sample from so many tokens; 0: all")
+    top_p: float = option(1.0, "sample from the most probable with this sum")
+    learning_rate: float = option(7e-4, "at its highest; then cosine decay to 0")
+    warmup_steps: int = option(20, "updates of rising learning rate")
+    lora_rank: int = option(0, "r of LoRA; 0: train all weights")
+    micro_batch: int = option(256, "(completion, step) pairs in memory at once")
     rollout_batch: int = option(512, "completions sampled at once")
     gradient_checkpointing: bool = option(False, "less memory, more time")
     eval_steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "steps to measure at"})
     eval_examples: int = option(0, "test examples to measure on; 0: all")
-    eval_every: int = option(0, "updates between measurements, greedy at the first of eval_steps; 0: none")
+    eval_every: int = option(0, "updates between measurements, greedy, at the first of eval_steps; 0: none")
     show_every: int = option(40, "updates between completions printed; 0: none")
-    save_every: int = option(40, "updates between checkpoints; the newest two are kept")
+    save_every: int = option(40, "updates between checkpoints; two are kept")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where else the metrics go")
-    pretrain_steps: int = option(600, "steps of pretraining the tiny model")
+    pretrain_steps: int = option(600, "to pretrain the tiny model")
 
 
 RELEASE = {  # the official release's settings for LLaDA-8B, on one GPU; how often to measure, show and save is ours

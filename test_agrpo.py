@@ -838,8 +838,8 @@ def test_a_run_that_stops_says_how_to_go_on(short_run, monkeypatch):
 def test_other_options_run_to_the_end(how, short_run, monkeypatch):
     """Also: each epoch has each example once, in another order; gradients are clipped; updates differ in noise."""
     "tensorboard" in how and pytest.importorskip("tensorboard")
-    few = lambda split, seed: TASKS["sudoku"].create(split, seed)[: 3 if split == "train" else 8]
-    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, create=few, picture=lambda e, _: f"<{e['puzzle']}>"))
+    few = lambda split, seed: TASKS["sudoku"].source(split, seed)[: 3 if split == "train" else 8]
+    monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, source=few, picture=lambda e, _: f"<{e['puzzle']}>"))
     for name in "group_advantages", "generate":
         monkeypatch.setattr(agrpo, name, mock.Mock(wraps=getattr(agrpo, name)))
     folder = short_run.parent / re.sub(r"\W+", "", how)
@@ -897,13 +897,13 @@ ANSWERS = {  # task: example, right answers, wrong answers
 }  # fmt: skip
 ROW = '{"question": "q", "answer": "#### 5"}\n'
 BAD_DATA = {
-    "no column": ("a.csv", "Question,answer\n1,2\n", "row 1: no question like (.+) in {'Question': 1"),
-    "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "not readable"),
-    "cut short": ("a.jsonl", ROW + ROW[:30], "not readable"),
-    "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "row 2: no question"),
-    "no parquet": ("a.parquet", "nonsense", "not readable"), "no format": ("a.txt", "q", ".parquet"),
-    "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "not readable"), "one file": ("a.jsonl", ROW, "train."),
-    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "row 2: no Puzzle"),
+    "no column": ("a.csv", "Question,answer\n1,2\n", "no question like (?P<question>.+) in row 1"),
+    "no rows": ("a.csv", "question,answer\n", "no rows"), "no bytes": ("a.jsonl", "", "no rows in a readable"),
+    "cut short": ("a.jsonl", ROW + ROW[:30], "no rows in a readable"),
+    "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "no question like (?P<question>.+) in row 2"),
+    "no parquet": ("a.parquet", "nonsense", "no rows in a readable"), "no format": ("a.txt", "q", ".parquet"),
+    "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "no rows in a readable"),
+    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "no Puzzle like (?P<puzzle>"),
 }  # fmt: skip
 DEBRIS = words("<answer> </answer> <reasoning> </reasoning> \\boxed{ #### 1 7 e999 ٧٢ \u2212 \u202e ½ Ⅶ \ud800")
 DEBRIS += [*"{}()+-*/= \n\0,.$", "9" * 5000, "((((" * 500, "<answer" * 500]
@@ -976,7 +976,7 @@ def test_rewards_by_hand():
 
 def test_sudoku_and_countdown_make_examples():
     """240 grids to train on, 48 others to test on, whatever the seed; 12 to 14 blanks; three numbers."""
-    create = TASKS["sudoku"].create
+    create = TASKS["sudoku"].source
     train, test, pretrain = (create(split, 5) for split in ("train", "test", "pretrain"))
     seen, held_out, pretraining = ({e["solution"] for e in part} for part in (train, test, pretrain))
     assert (len(seen), len(held_out), len(seen | held_out)) == (240, 48, 288)
@@ -984,7 +984,7 @@ def test_sudoku_and_countdown_make_examples():
     assert all(12 <= e["puzzle"].count("0") <= 14 and solved(e["puzzle"], e["solution"]) for e in train + test)
     assert len(pretraining) == 528 and seen < pretraining and not held_out & pretraining
     for split, many in ("train", 4096), ("test", 256):
-        problems = TASKS["countdown"].create(split, 0)
+        problems = TASKS["countdown"].source(split, 0)
         assert [p["numbers"].count(",") == 2 and 0 < int(p["target"]) < 1000 for p in problems] == [True] * many
 
 
@@ -1005,17 +1005,32 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
     assert [re.findall("[0-9]+", str(e)) for e in read("countdown")] == [words("44 19 35 98")] * len(files)
     for shard in files[1:]:
         shard.unlink()
-        with pytest.raises(agrpo.BadInput, match="not one test.csv"):
+        with pytest.raises(agrpo.BadInput, match="test.csv.*or not all its shards"):
             read("gsm8k")
+
+
+@pytest.mark.parametrize("where", ["main", "data"])
+def test_data_from_the_hub_and_beside_a_file(where, tmp_path, monkeypatch):
+    """A file is to test on: what to train on stays the task's own, here all shards in a folder of the hub's."""
+    (tmp_path / where).mkdir()
+    for n, name in enumerate(words("train-00000-of-00002-1f train-00001-of-00002-2e train-small test-00000-of-00001")):
+        (tmp_path / where / f"{name}.jsonl").write_text(ROW.replace("5", str(n)))
+    (tmp_path / "mine.jsonl").write_text(ROW)
+    download = mock.Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(agrpo.hub, "snapshot_download", download)
+    read = lambda split: TASKS["gsm8k"].examples(split, agrpo.Settings(data=str(tmp_path / "mine.jsonl")))
+    assert [[e["gold"] for e in read(split)] for split in ("train", "test")] == [["0", "1"], ["5"]]
+    assert download.call_args.args == ("openai/gsm8k",) and download.call_count == 1
+    assert TASKS["gsm8k"].examples("test", agrpo.Settings())[0]["gold"] == "3"
 
 
 @pytest.mark.parametrize("what", BAD_DATA)
 def test_bad_data_are_named(what, tmp_path):
-    """The file, the column and the row, in one sentence; one file is to test on."""
+    """The file, the column and the row, in one sentence."""
     (name, content, said), task = BAD_DATA[what], "sudoku" if what == "lost zeros" else "gsm8k"
     (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(agrpo.BadInput, match=re.escape(said)) as refused:
-        TASKS[task].examples("train" if what == "one file" else "test", agrpo.Settings(data=str(tmp_path / name)))
+        TASKS[task].examples("test", agrpo.Settings(data=str(tmp_path / name)))
     assert name in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -1283,7 +1298,7 @@ AS_RELEASED = [  # what the release counts, whether or not we do; | is between t
 @pytest.fixture(scope="module")
 def half_known(tmp_path_factory, short_run):  # 24 puzzles, a model that knows 8 by heart, a run that goes on from it
     folder = tmp_path_factory.mktemp("curve")
-    known = [tuple(example.values()) for example in TASKS["sudoku"].create("test", 0)[:24]]
+    known = [tuple(example.values()) for example in TASKS["sudoku"].source("test", 0)[:24]]
     (folder / "puzzles.csv").write_text("\n".join(["Puzzle,Solution", *map(",".join, known)]))
     torch.manual_seed(0)
     model, tokenizer, mask_id = agrpo.load_model("tiny")
