@@ -654,7 +654,7 @@ def countdown_right(example: dict, answer: str) -> bool:
     text = unboxed(answer)
     for sign, written in ("*", r"×|·|\\times|\\cdot"), ("/", r"÷|\\div"):
         text = re.sub(written, sign, text)
-    expression = re.sub(rf"(=\s*{example['target']})?[\s.]*$", "", text)
+    expression = re.sub(rf"(=\s*{example['target']})?\s*\.?\s*$", "", text)
     given, used = (sorted(re.findall("[0-9]+", text)) for text in (example["numbers"], expression))
     return used == given and arithmetic(expression) == int(example["target"])
 
@@ -668,10 +668,12 @@ def arithmetic(expression: str) -> Fraction | None:
 
 def single_number(text: str) -> Fraction | None:
     """The number in 1,234 or $1234.00 or 1234 apples; None if there are several, or there is more to it."""
-    words = r"(?!(sqrt|log|ln|exp|pi)(?![a-z]))[A-Za-z]+([-/'][A-Za-z]+)*(\^2|²)?[.,:!]?|\\?[$%]|\\text|[={}#€£]|\*\*"
-    text = re.sub(words, " ", unboxed(text).replace("{,}", ","))
-    if len(text) < 100 and re.fullmatch(r"(?a)\s*-?\s*([1-9]\d{0,2}(,\d{3})+|\d+)(\.\d*)?\s*", text):
-        return Fraction(re.sub(r"[\s,]", "", text))
+    words = r"[A-Za-z]+([-/'][A-Za-z]+)*(\^2|²)?[.,:!]?|\\?[$%]|\\text|[={}()#€£]|\*\*"
+    bare = re.sub(words, " ", unboxed(text).replace("{,}", ","))
+    function = re.search(r"(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])", text)
+    number = re.fullmatch(r"(?a)\s*(-?)\s*((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?)\s*", bare)
+    if number and not function and len(bare) < 100:
+        return Fraction(number[1] + number[2].replace(",", ""))
 
 
 def math_right(example: dict, answer: str) -> bool:
