@@ -1,48 +1,45 @@
 """AGRPO in one file: policy gradients for masked diffusion language models from a few sampled denoising steps.
 
-    python agrpo.py                          train a tiny model on 4x4 Sudoku: minutes on a CPU, nothing to download
-    python agrpo.py --task gsm8k             LLaDA-8B-Instruct with LoRA, from the hub, on a GPU (or math, countdown)
-    python agrpo.py --task gsm8k --model qwen3-0.6b       the same with 0.6 billion weights, on a GPU of 12 GB
+    python agrpo.py                train a tiny model on 4x4 Sudoku: minutes on a CPU, no downloads
+    python agrpo.py --task gsm8k   LLaDA-8B-Instruct with LoRA, on a GPU; also math, countdown; --help: every setting
+    python agrpo.py --task gsm8k --model qwen3-0.6b    0.6 billion weights, for a GPU of 12 GB
     torchrun --nproc_per_node 8 agrpo.py --task gsm8k
-    python agrpo.py --resume RUN             go on with a run; other options given here override its own
-    python agrpo.py --task gsm8k --help      every setting, with its default for that task
+    python agrpo.py --resume RUN   go on with a run; options given here override its own
 
 AGRPO is Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Policy Gradients for Reasoning with
 Diffusion Language Models", ICML 2026, arXiv 2510.04019v2). A masked diffusion language model predicts the masked tokens
-of a completion. Generation starts from masks only and goes block by block from the left: each of T steps unmasks a few
-positions of the block and draws their tokens independently, until a whole block is EOS. This is a Markov decision
-process. AGRPO is GRPO (arXiv 2402.03300) on it, and maximizes over B completions
+of a text. It writes a completion from masks only, block by block from the left: each of T steps unmasks a few positions
+of the block and draws their tokens independently. A block of only EOS ends it. This is a Markov decision process. AGRPO
+is GRPO (arXiv 2402.03300) on it, and maximizes over B completions
 
     J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
-Each of the T_i steps would cost a forward and backward pass. That cost is *amortized*: k << T of them are drawn, each
-weighted by 1 / its probability of being drawn.
+Each step costs a forward and a backward pass. That cost is *amortized*: only k << T steps of a row are drawn, each
+weighted by 1 / its probability.
 
-    q, o       prompt (B, P), completion (B, C): token ids; B = prompts x G       G  group_size: completions of a prompt
-    s_t        state: the completion before step t, with masks where nothing is unmasked yet
-    U_t        unmasked: the positions that step t unmasks, all inside one block
-    T, T_i     steps (the paper's m); those that row i took: num_steps            k  steps drawn per row, on average
-    L_i        what row i is divided by: T_i (length_norm "sequence") or T        tau  temperature
-    A_i        advantage: reward minus the group's mean                           eps  clipping range, beta  KL's weight
-    rho_j      importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
-    p_theta    the policy: the model's softmax at tau, over the ids that top-k and top-p left to choose from in sampling
-    KL_j       rho_j (x - 1 - log x), x = p_ref / p_theta, an estimate of KL(p_theta || p_ref); p_ref: before training
+    q, o     prompt (B, P), completion (B, C): token ids; B = prompts x G, the group size
+    s_t      state: the completion before step t, masks where nothing is unmasked yet
+    U_t      the positions that step t unmasks, all in one block
+    T, T_i   steps (the paper's m), and those that row i took; k: steps drawn per row, on average
+    L_i      T_i (length_norm "sequence") or T ("constant")
+    A_i      advantage: reward minus the group's mean; eps: clipping range; beta: the KL's weight
+    rho_j    importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
+    p_theta  the policy: the model's softmax at temperature tau, over the ids left by top-k and top-p in sampling
+    KL_j     rho_j (x - 1 - log x), x = p_ref / p_theta: estimates KL(p_theta || p_ref); p_ref: model before training
 
-A random order does not depend on theta. So log pi(trajectory | q), which a policy gradient needs, is an exact sum, of
-log p_theta(o_j | q, s_t) over all j in U_t and t, plus a constant; its mean over orders is the ELBO of log p(o | q), a
-lower bound. With low-confidence unmasking the order depends on theta: then the sum is an approximation.
+A random order does not depend on theta. So log pi(trajectory | q), which a policy gradient needs, is exactly the sum of
+log p_theta(o_j | q, s_t) over all t and j in U_t, plus a constant; its mean over orders is the ELBO, a lower bound of
+log p(o | q). A low-confidence order does depend on it: then the sum is an approximation.
 
-Unbiased for what? Over the draw of steps: for the gradient of J, always. Over rollouts as well: for (1 - 1/G) / T times
-grad E[reward], before clipping its norm, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row
-ends early, the ids left by top-k and top-p stay, and it is the first optimizer step (of two by default) on them.
+Unbiased for what? Over draws of steps: for grad J, always. Over rollouts too: for (1 - 1/G) / T grad E[reward], before
+its norm is clipped, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row ends early, the ids
+left by top-k and top-p stay, and it is the first optimizer step on them.
 
-Whose is what?
-    the paper's           unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i
-    the official code's   top-k and top-p in the ratio; the optimizer in `train`; the settings in RELEASE
-    this file's own       steps drawn from all rows at hand as if they were one, without replacement, more where
-                          |A_i| and surprise (1 - p of the tokens) are large (official: by entropy, with replacement,
-                          spread over the batch); rho of the first optimizer step is exactly 1; every sampled token
-                          counts (official: none behind the last non-EOS token, which loses terms of the gradient)
+The paper's: unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i.
+The official code's: top-k and top-p in the ratio; the optimizer in `train`; the settings in RELEASE.
+This file's own: systematic draws of steps, without replacement, from all rows as if they were one, more where |A_i| and
+surprise (1 - p of the tokens) are large (official: by entropy, with replacement, spread over the batch); rho exactly 1
+on the first optimizer step; every sampled token counts (official: none after the last non-EOS token: terms are lost).
 """
 
 import ast
@@ -72,12 +69,13 @@ import torch.distributed as dist
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn import Linear
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-# Of all these, sections 1 to 4 need math, dataclass, torch and Tensor. Section 2 builds on 1, and 4 on 1, 2 and 3.
+# Sections 1 to 4 need only math, dataclass, torch and Tensor; 2 builds on 1, and 4 on 1 to 3.
 
-# ===== 1. Sampler.  pi(trajectory | q) = prod_t [ Pr(U_t | s_t) prod_{j in U_t} p_theta(o_j | q, s_t) ] ===============
+# ===== 1. Sampler.  pi(trajectory | q) = prod_t [ Pr(U_t | s_t) prod_{j in U_t} p_theta(o_j | q, s_t) ] =====
 
 
 @dataclass
@@ -86,71 +84,64 @@ class Rollout:
 
     prompt: Tensor  # (B, P) int64, padded on the left
     prompt_mask: Tensor  # (B, P) bool, False on padding
-    completion: Tensor  # (B, C) int64; where step is -1, the last of eos_id
-    step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had already ended
-    logp: Tensor  # (B, C) float32 (float64 for a float64 model), nats, of the policy that sampled; 0 where step is -1
-    entropy: Tensor  # (B, T) likewise, summed over U_t: a metric; its width is T
-    num_steps: Tensor  # (B,) int64, steps taken: T, or fewer where the row ended early
+    completion: Tensor  # (B, C) int64; the last of eos_id where step is -1
+    step: Tensor  # (B, C) int64, the step that unmasked each position; -1 where the row had ended
+    logp: Tensor  # (B, C) at least float32, nats, of the policy that sampled; 0 where step is -1
+    entropy: Tensor  # (B, T) likewise, summed over U_t: a metric
+    num_steps: Tensor  # (B,) int64, T_i, the steps taken
     kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, then -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Logits (N, n, V) at the given positions only, in the model's dtype: the head never sees the rest.
-    input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions (N, n) int64, for Dream
-    above 0. Raises ValueError where padding is not on the left."""
-    head = output_head(model)
-    if attention_mask is not None:
-        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
-    # Equal rows share one forward pass, as the G completions of a prompt do while they are all masks.
-    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L) different rows; (N,) which of them each is
-    real, options = input_ids >= 0, {}
-    if not real.all():  # count positions from the first real token, so that padding changes nothing
-        if (real[:, :-1] & ~real[:, 1:]).any():
-            raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
-        options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
-    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
-    positions = positions - getattr(model.config, "logits_shift", 0)  # 1 for Dream: its logits at i - 1 are about i
-    return head(hidden[row[:, None], positions])
-
-
-def output_head(model) -> torch.nn.Module:
-    """The layer that makes logits of hidden states. Raises ValueError where dropout is on, and for other classes of
-    libraries: some would be silently wrong (RoBERTa counts positions otherwise, StableLM stays causal, Gemma 2 scales
-    its logits). Your own needs base_model, config and cls, or lm_head and is_causal = False (from transformers 5.2)."""
-    kind, config, bert = type(model), model.config, hasattr(model, "cls")
+    """Logits (N, n, V), in the model's dtype, at positions (N, n) only: the head never sees the rest.
+    input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions int64, from the end if
+    below 0, for Dream not 0. ValueError for padding on the right, dropout, and libraries' other classes: some would be silently wrong (RoBERTa counts positions
+    otherwise, StableLM is causal, Gemma 2 scales logits). Your own needs base_model, config and cls, or lm_head and
+    is_causal = False (from transformers 5.2)."""
+    kind, bert = type(model), hasattr(model, "cls")
     known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    causal = getattr(config, "is_decoder", False) if bert else getattr(config, "is_causal", True)
+    causal = getattr(model.config, "is_decoder" if bert else "is_causal", not bert)
     if causal or not known and kind.__module__.startswith(("transformers.", "peft.", "torch.")):
         raise ValueError(f"{kind.__name__} is neither a BERT, nor a Llama or Qwen with config.is_causal = False")
     for m in model.modules():
         if m.training and (m.p if isinstance(m, torch.nn.Dropout) else getattr(m, "attention_dropout", 0)):
             raise ValueError("dropout is on: call model.eval()")
-    return model.cls if bert else model.lm_head
+    if attention_mask is not None:
+        input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
+    # Equal rows share a pass, as do the G completions of a prompt while all are masks.
+    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L); (N,) which of the M each row is
+    real, options = input_ids >= 0, {}
+    if not real.all():  # padding changes nothing: positions count from the first token
+        if (real[:, :-1] & ~real[:, 1:]).any():
+            raise ValueError("prompts must be padded on the left: padding_side='left'")
+        options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
+    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
+    shift = getattr(model.config, "logits_shift", 0)  # 1 for Dream: its logits at i - 1 are about i
+    return (model.cls if bert else model.lm_head)(hidden[row[:, None], positions - shift])
 
 
 at_least_float32 = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for log p
+without_padding = lambda ids: ids[:, int((ids >= 0).any(0).int().argmax()) :]  # cuts off columns that are -1
 without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device=x.device) == mask_id, -math.inf)
 
 
-def truncate(logits: Tensor, mask_id: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor | None:
-    """The ids left by top-k, then top-p among those (nucleus sampling, arXiv 1904.09751): at least one, never mask_id.
-
-    logits (..., V). Returns (..., K) int64, filled up with -1, or None where nothing is cut. K is top_k, or 1,024 for
-    top-p alone, to bound the memory."""
+def truncate(logits: Tensor, mask_id: int, temperature: float, top_k=0, top_p=1.0) -> Tensor | None:
+    """The ids left by top-k, then top-p (nucleus sampling, arXiv 1904.09751): at least one, never mask_id; None: all.
+    logits (..., V). Returns (..., K) int64, filled up with -1; K is top_k, or 1,024 for top-p alone, to save memory."""
     if not top_k and top_p >= 1:
         return None
     top, kept = without_mask(logits, mask_id).topk(min(top_k or 1024, logits.shape[-1]), dim=-1)
     drop = top == -math.inf
     if top_p < 1:
-        probability = (at_least_float32(top) / temperature).softmax(-1)
-        drop |= probability.cumsum(-1) - probability >= top_p  # those before it already make up top_p
+        p = (at_least_float32(top) / temperature).softmax(-1)
+        drop |= p.cumsum(-1) - p >= top_p  # those before it already make up top_p
         drop[..., 0] = False
     return kept.masked_fill(drop, -1)
 
 
 def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor | None = None) -> Tensor:
-    """log p of the policy, in nats: a softmax at a temperature over all ids but mask_id, or over kept of `truncate`.
-    logits (..., V), kept (..., K). Returns (..., V), or (..., K) in the order of kept, at least float32."""
+    """log p of the policy, nats: a softmax at a temperature over all ids but mask_id, or over kept of `truncate`.
+    logits (..., V), kept (..., K). Returns (..., V), or (..., K) as in kept, at least float32."""
     if kept is None:
         logits = without_mask(at_least_float32(logits), mask_id)
     else:
@@ -159,114 +150,108 @@ def policy_logps(logits: Tensor, mask_id: int, temperature: float, kept: Tensor 
 
 
 def tokens_per_step(completion_length: int, block_length: int, steps: int) -> list[int]:
-    """How many tokens each step inside a block unmasks: 8 in 3 steps, [3, 3, 2]. ValueError where they do not fit."""
+    """Tokens that each step inside a block unmasks: 8 in 3 steps, [3, 3, 2]. ValueError where they do not fit."""
     blocks, rest = divmod(completion_length, block_length)
     if rest:
         raise ValueError(f"block length {block_length} does not divide completion length {completion_length}")
-    if steps % blocks or not blocks <= steps <= completion_length:
-        raise ValueError(f"{steps} steps must be a multiple of {blocks} blocks and at most {completion_length} tokens")
+    if steps % blocks or not 0 < steps <= completion_length:
+        raise ValueError(f"{steps} steps must be a multiple of {blocks} blocks, at most {completion_length}")
     return [len(part) for part in torch.arange(block_length).tensor_split(steps // blocks)]
 
 
 @torch.no_grad()
 def sample(
     model, prompt: Tensor, prompt_mask: Tensor, *, completion_length: int, block_length: int, steps: int,
-    temperature: float, unmasking: str, mask_id: int, eos_id: int | list[int] | None, top_k: int = 0, top_p=1.0,
-    generator: torch.Generator | None = None,
+    temperature: float, unmasking: str, mask_id: int, eos_id: int | list[int] | None, top_k=0, top_p=1.0,
+    generator=None,
 ) -> Rollout:  # fmt: skip
-    """Complete each row of prompt, block by block from the left (LLaDA, arXiv 2502.09992).
+    """Complete each prompt, block by block from the left (LLaDA, arXiv 2502.09992).
 
-    prompt, prompt_mask as in Rollout, each G times in a row (repeat_interleave); generator on the model's device.
-    Each step unmasks `tokens_per_step` of the positions of its block that are still masked:
-      unmasking="random"          any of them, with equal probability; Rollout.logp then sums to log pi - const.
-      unmasking="low_confidence"  a token is drawn for all of them; the most probable stay, the rest are masked again.
-    temperature 0 is greedy, with nothing to learn from. A row whose whole block is EOS has ended and leaves the batch;
-    eos_id may be a list, the last of which fills the rest, or None. Raises ValueError where settings do not fit."""
+    prompt, prompt_mask as in Rollout, each G times in a row; generator on the model's device. Each step unmasks
+    `tokens_per_step` of the masked positions of its block:
+      unmasking "random": any of them, equally likely. Rollout.logp then sums to log pi - const.
+      "low_confidence": a token is drawn for each; the most probable stay, the rest are masked again.
+    temperature 0 is greedy: nothing to learn from. A row ends with a block of only EOS, and leaves the batch; eos_id
+    may be a list, whose last fills the rest, or None. ValueError where settings do not fit."""
     if unmasking not in ("random", "low_confidence"):
         raise ValueError(f"unmasking is 'random' or 'low_confidence', not {unmasking!r}")
     if not temperature >= 0 or not prompt_mask.any(1).all():
-        raise ValueError("temperature must not be negative, and prompt_mask is True on at least a token of each prompt")
+        raise ValueError("temperature must not be negative, prompt_mask True on at least a token of each prompt")
     per_step = tokens_per_step(completion_length, block_length, steps)
     if temperature == 0:
         temperature, top_k = 1.0, 1  # greedy is a choice from one
-    B, C, device, prompt_mask = len(prompt), completion_length, prompt.device, prompt_mask.bool()
-    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64, device=device).view(-1)
-    padding = int(prompt_mask.any(0).int().argmax())  # columns that no prompt needs
-    ids = torch.cat([prompt[:, padding:], prompt.new_full((B, C), mask_id)], 1)  # (B, P+C)
-    attention_mask = torch.cat([prompt_mask[:, padding:], prompt_mask.new_ones(B, C)], 1)  # (B, P+C)
-    P = ids.shape[1] - C
-    completion = ids[:, P:]  # a view: what is written here is in ids
+    B, C, prompt_mask = len(prompt), completion_length, prompt_mask.bool()
+    ends = prompt.new_tensor([] if eos_id is None else eos_id).view(-1)
+    ids = without_padding(torch.cat([prompt.masked_fill(~prompt_mask, -1), prompt.new_full((B, C), mask_id)], 1))
+    completion = ids[:, -C:]  # a view: what is written here is in ids
     step, num_steps, kept = prompt.new_full((B, C), -1), prompt.new_zeros(B), None
     logp, entropy = (at_least_float32(next(model.parameters()).new_zeros(B, n)) for n in (C, steps))
-    rows, t = torch.arange(B, device=device), 0  # the R rows that have not ended
+    rows, t = torch.arange(B, device=prompt.device), 0  # the R rows that have not ended
     for start in range(0, C, block_length):
-        # Positions of the block, (R, number still masked). Unmasking at random goes through them in a random order.
-        masked = start + torch.rand(len(rows), block_length, generator=generator, device=device).argsort(1)
+        # The block's masked positions (R, ...), in the random order in which "random" takes them.
+        masked = start + torch.rand(len(rows), block_length, generator=generator, device=prompt.device).argsort(1)
         for count in per_step:
-            place = masked[:, :count] if unmasking == "random" else masked  # (R, n)
-            logits = logits_at(model, ids[rows], attention_mask[rows], P + place)  # (R, n, V)
+            row, place = rows[:, None], masked[:, :count] if unmasking == "random" else masked  # (R, 1), (R, n)
+            logits = logits_at(model, ids[rows], ids[rows] >= 0, place - C)  # (R, n, V)
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
-            gumbel = -torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log()
-            pick = (logps + gumbel).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
+            noise = torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log_()
+            pick = (logps - noise).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
             token = pick if choices is None else choices.gather(-1, pick)  # (R, n, 1)
             token_entropy = torch.special.entr(logps.exp()).sum(-1)  # (R, n)
-            # All n are recorded; those that low confidence masks again are recorded anew when they stay.
-            row = rows[:, None]
-            completion[row, place] = token.squeeze(-1)
+            completion[row, place] = token[..., 0]
             step[row, place] = t
-            logp[row, place] = logps.gather(-1, pick).squeeze(-1)
+            logp[row, place] = logps.gather(-1, pick)[..., 0]
             if choices is not None:
-                kept = prompt.new_zeros(B, C, choices.shape[-1]) if kept is None else kept
+                kept = prompt.new_zeros(B, C, choices.shape[-1]) if t == 0 else kept
                 kept[row, place] = choices
             if unmasking == "low_confidence":  # confidence: p at temperature 1, untruncated
-                confidence = policy_logps(logits, mask_id, 1.0).gather(-1, token).squeeze(-1)
-                order = confidence.argsort(1, descending=True)
+                order = policy_logps(logits, mask_id, 1.0).gather(-1, token)[..., 0].argsort(1, descending=True)
                 masked, token_entropy = masked.gather(1, order), token_entropy.gather(1, order)
-                completion[row, masked[:, count:]] = mask_id
             entropy[rows, t] = token_entropy[:, :count].sum(1)
             masked = masked[:, count:]
+            completion[row, masked] = mask_id  # low confidence takes these back, to record them anew
             t += 1
         num_steps[rows] = t
         rows = rows[~torch.isin(completion[rows, start : start + block_length], ends).all(1)]
-        if len(rows) == 0:
+        if not len(rows):
             break
-    completion = torch.where(step < 0, ends[-1], completion) if len(ends) else completion
+    if len(ends):
+        completion = completion.masked_fill(step < 0, ends[-1])
     return Rollout(prompt, prompt_mask, completion, step, logp, entropy, num_steps, kept)
 
 
-# ===== 2. Estimator.  log pi - const = sum_t f(t) = E[ sum over drawn t of f(t) / inclusion(t) ] ======================
+# ===== 2. Estimator.  log pi - const = sum_t f(t) = E[ sum over drawn t of f(t) / inclusion(t) ] =====
 # f(t) = sum_{j in U_t} log p_theta(o_j | q, s_t)
 
 
-def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, generator=None) -> tuple[Tensor, Tensor]:
-    """Draw k timesteps for each row; sum_d weights[d] f(steps[d]) is unbiased for the sum of f(t) over t < num_steps.
+def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, generator=None):
+    """Draw k steps for each row; sum_d weights[d] f(steps[d]) is unbiased for the sum of f(t) over t < num_steps.
 
     num_steps (B,) int64. proposal (B, T), of any scale, finite and above 0 at each row's own steps; None is uniform.
-    generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps, which has no float64).
-    Raises ValueError for another proposal, or k not in 1, 2, 3 ...
+    generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps). ValueError for another
+    proposal, or k not in 1, 2, 3 ...
 
     inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
-    weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives inclusions .2, .4, .6, .8. Laid end to
-    end, they fill [0, k):
+    weighs 1/inclusion (Horvitz-Thompson). Proposal 1, 2, 3, 4 with k = 2 gives .2, .4, .6, .8. Laid end to end:
 
         0   .2       .6           1.2            2
         | 0 |   1    |     2      |       3      |
 
     Points at x and 1 + x, x uniform on [0, 1), hit each step as often as its length says, none twice (systematic
-    sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws steps 2 and 3, weights 1/.6, 1/.8.
-    What is cut off at 1 goes to the row's other steps. So a row of at most k steps gets each once with weight 1: the
-    exact sum. Its unused draws have weight 0 and need no pass."""
+    sampling). x = .1 draws steps 0 and 2, weights 1/.2 and 1/.6; x = .7 draws 2 and 3, weights 1/.6 and 1/.8.
+    What is cut off at 1 goes to the other steps. So a row of at most k steps gets each once with weight 1, the exact
+    sum; draws left over have weight 0 and need no pass."""
     if k < 1 or k % 1:
         raise ValueError(f"k must be whole and at least 1, not {k}")
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
     if proposal is None:
         proposal = torch.ones(len(num_steps), int(num_steps.max()))
     taken = torch.arange(proposal.shape[1]) < num_steps  # (B, T)
-    density = proposal.detach().cpu().double() * taken
-    if (num_steps > proposal.shape[1]).any() or (taken & (density <= 0)).any() or not density.isfinite().all():
-        raise ValueError("a proposal must be positive and finite at every step that its row has taken")
-    certain = taken & (num_steps <= k)  # (B, T): these get inclusion 1, the others share the rest, until none exceeds 1
+    density = proposal.detach().cpu().double().masked_fill(~taken, 0)
+    if (((density > 0) & (density < math.inf)).sum(1, keepdim=True) < num_steps).any():
+        raise ValueError("a proposal must be positive and finite at each step that its row took")
+    certain = taken & (num_steps <= k)  # (B, T): inclusion 1; the others share the rest, until none exceeds 1
     while True:
         rest = density.masked_fill(certain, 0)
         share = rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
@@ -276,35 +261,35 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
         certain |= inclusion > 1
     points = torch.arange(k) + torch.rand(num_steps.shape, generator=generator, dtype=torch.float64)  # (B, k)
     steps = torch.searchsorted(inclusion.cumsum(1), points, right=True)  # (B, k)
-    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))  # where rounding or k > num_steps led beyond
+    steps = steps.clamp(max=num_steps - 1)  # where rounding or k > num_steps led beyond
     weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal: Tensor | None = None, generator=None):
-    """Draw (row, step) pairs, k per row that takes part: `draw_timesteps` with all steps of all rows laid end to end.
+def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal=None, generator=None):
+    """Draw (row, step) pairs, k per row of magnitude above 0: `draw_timesteps` with all rows laid end to end.
 
     A pair is drawn in proportion to magnitude (B,) times proposal (B, T): where one answer of a group is right, the
-    G - 1 others have small advantages and need few passes. Rows of magnitude 0 take no part. Returns, on the CPU,
-    rows, steps (N,) int64 and weights (N,) float64: weights @ f(rows, steps) is unbiased for the sum of f."""
+    G - 1 others have small advantages and need few passes. Returns, on the CPU, rows, steps (N,) int64 and weights
+    (N,) float64: weights @ f(rows, steps) is unbiased for the sum of f."""
     magnitude, num_steps = magnitude.cpu(), num_steps.cpu()
     active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,)
     rows = active[which]
-    # Rotate each row's steps at random, or even points hit equal rows at the same steps: unbiased, but noisy.
+    # Rotate each row's steps at random: else even points hit equal rows at the same steps, unbiased but noisy.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
-    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), density[None], generator)  # (1, k R)
+    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), density[None], generator)
     drawn, weights = drawn[weights > 0], weights[weights > 0]
     return rows[drawn], steps[drawn], weights
 
 
-def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
+def defensive_proposal(rollout: Rollout, uniform_share=0.1) -> Tensor:
     """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, with sum 1.
-    That is the length of onehot(token) - p, the gradient of log p(token) in the logits, up to a factor of at most
-    sqrt(2): tokens that the policy was sure of teach little. Some uniform keeps weights small."""
-    doubt = (1 - rollout.logp.exp()).clamp(min=0) * (rollout.step >= 0)  # (B, C)
+    1 - p is, up to a factor of sqrt(2), the length of log p's gradient in the logits: tokens that the policy was sure
+    of teach little. Some uniform keeps weights small."""
+    doubt = (1 - rollout.logp.exp()).clamp(min=0)  # (B, C), 0 where the row had ended
     surprise = torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt).cpu().double()
     taken = (torch.arange(surprise.shape[1]) < rollout.num_steps.cpu()[:, None]).double()  # (B, T)
     uniform, total = taken / taken.sum(), surprise.sum()
@@ -312,43 +297,41 @@ def defensive_proposal(rollout: Rollout, uniform_share: float = 0.1) -> Tensor:
 
 
 def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id: int, temperature: float):
-    """log p_theta(o_j | q, s_t) of the tokens that step t unmasked, under the model as it is: a pass per (row, step).
-    rows, steps (N,) int64, N >= 1. Returns logp (N, C), nats, differentiable, 0 outside U_t; and U_t as (N, C) bool.
+    """log p_theta(o_j | q, s_t) of the tokens that step t unmasked: a pass per (row, step).
+    rows, steps (N,) int64, N >= 1. Returns logp (N, C), nats, differentiable, 0 outside U_t; U_t as (N, C) bool.
     temperature must be the sampler's, or the ratio means nothing."""
-    padding = int(rollout.prompt_mask[rows].any(0).int().argmax())  # columns that none of these rows needs
-    prompt, prompt_mask = (x[rows, padding:] for x in (rollout.prompt, rollout.prompt_mask))
+    prompt = rollout.prompt[rows].masked_fill(~rollout.prompt_mask[rows], -1)  # (N, P)
     step, completion, t = rollout.step[rows], rollout.completion[rows], steps[:, None]
     unmasked = step == t  # (N, C)
     state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
-    input_ids, attention_mask = torch.cat([prompt, state], 1), torch.cat([prompt_mask, torch.ones_like(unmasked)], 1)
-    n = int(unmasked.sum(1).max())  # a step that unmasked fewer than n tokens is filled up with other positions
+    n = int(unmasked.sum(1).max())  # rows with fewer are filled up with other positions
     place = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n), those unmasked first
-    logits = logits_at(model, input_ids, attention_mask, prompt.shape[1] + place)  # (N, n, V)
+    input_ids = without_padding(torch.cat([prompt, state], 1))
+    logits = logits_at(model, input_ids, input_ids >= 0, place - state.shape[1])  # (N, n, V)
     token = completion.gather(1, place)[..., None]  # (N, n, 1)
     kept = None if rollout.kept is None else rollout.kept[rows[:, None], place]  # (N, n, K)
     index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among V ids, or K kept
-    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index).squeeze(-1)  # (N, n)
-    logps = logps.masked_fill(~unmasked.gather(1, place), 0)
-    return logps.new_zeros(unmasked.shape).scatter(1, place, logps), unmasked
+    logps = policy_logps(logits, mask_id, temperature, kept).gather(-1, index)[..., 0]  # (N, n)
+    return logps.new_zeros(unmasked.shape).scatter(1, place, logps).masked_fill(~unmasked, 0), unmasked
 
 
 def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal=None, generator=None):
     """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
     Exact where num_steps <= k. `policy_gradient` sums the clipped objective in place of log p."""
     steps, weights = draw_timesteps(rollout.num_steps, k, proposal, generator)
-    row, draw = weights.nonzero(as_tuple=True)  # (N,) each: one flat list of (row, step) pairs
+    row, draw = weights.nonzero(as_tuple=True)  # (N,) pairs
     logp, _ = step_logps(model, rollout, row, steps[row, draw], mask_id=mask_id, temperature=temperature)  # (N, C)
     return torch.zeros_like(rollout.logp[:, 0]).index_add(0, row, weights[row, draw].to(logp) * logp.sum(1))
 
 
-# ===== 3. Objective.  min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) - beta KL,  A = r - mean(r) over the group ===
+# ===== 3. Objective =====
 
 
-def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean(r) over the row's group (GRPO, arXiv 2402.03300). (B,), as are rewards, groups side by side.
-    Each reward is part of its own baseline, which scales the expected gradient by 1 - 1/G. Dividing by the group's
-    standard deviation biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
-    Raises ValueError where rewards make no whole groups."""
+def group_advantages(rewards: Tensor, group_size: int, scale_by_std=False) -> Tensor:
+    """A_i = r_i - mean(r) over the row's group. (B,), as are rewards, groups side by side.
+    Each reward is in its own baseline, which scales the expected gradient by 1 - 1/G. Dividing by the group's standard
+    deviation biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
+    ValueError where rewards make no whole groups."""
     rewards = torch.as_tensor(rewards)
     if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards {tuple(rewards.shape)} do not split into groups of {group_size}; 2 is the least")
@@ -361,28 +344,27 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = Fals
 
 
 def clipped_objective(logp: Tensor, old_logp: Tensor, advantage: Tensor, eps_low=0.2, eps_high=0.2) -> Tensor:
-    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = exp(logp - old_logp), elementwise, to be maximized
-    (PPO, arXiv 1707.06347). All three broadcast together."""
+    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = exp(logp - old_logp), to be maximized
+    (PPO, arXiv 1707.06347). The three broadcast."""
     ratio = (logp - old_logp).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
 
-# ===== 4. Gradient: the amortized policy gradient, grad J =============================================================
+# ===== 4. Gradient: grad J, amortized =====
 
 
 def policy_gradient(
     model, rollout: Rollout, advantage: Tensor, *, k: int, mask_id: int, temperature: float, on_policy: bool,
-    proposal: Tensor | None = None, length_norm: str = "sequence", eps_low: float = 0.2, eps_high: float = 0.2,
-    beta: float = 0.0, ref_model=None, micro_batch: int = 64, generator: torch.Generator | None = None,
+    proposal=None, length_norm="sequence", eps_low=0.2, eps_high=0.2, beta=0.0, ref_model=None, micro_batch=64,
+    generator=None,
 ) -> dict[str, float]:  # fmt: skip
     """Add to .grad the gradient of -J, estimated from the pairs of `draw_pairs`.
 
     advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
-    logp.detach()) is 1, with the gradient of logp. length_norm: L_i is T_i ("sequence") or T ("constant"). micro_batch:
-    pairs in memory at once. proposal, generator: see `draw_timesteps`. Train float32 weights: Adam's small steps vanish
-    in bfloat16. Returns loss, an estimate of -J (near 0 on policy: advantages sum to 0); clip_ratio and kl, means over
-    the tokens evaluated: to watch, not unbiased. Raises ValueError for another length_norm, beta > 0 without a
-    ref_model of its own, advantages that are not B finite numbers."""
+    logp.detach()) is 1, with logp's gradient. micro_batch: pairs in memory at once. proposal, generator: see
+    `draw_timesteps`. Train float32 weights: Adam's small steps vanish in bfloat16. Returns loss, an estimate of -J
+    (near 0 on policy); clip_ratio and kl, means over the tokens evaluated, not unbiased. ValueError for another
+    length_norm, beta > 0 without a ref_model of its own, advantages that are not B finite numbers."""
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model in (None, model):
@@ -391,7 +373,7 @@ def policy_gradient(
     advantage = torch.as_tensor(advantage).detach().to(rollout.logp)
     if advantage.shape != (B,) or not advantage.isfinite().all():
         raise ValueError(f"advantage must be {B} finite numbers")
-    length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
+    length = rollout.num_steps.clamp(min=T if length_norm == "constant" else 0)  # L_i: T or T_i
     magnitude = (advantage.abs() + beta) / length
     if not magnitude.any():  # no gradient, so no pass
         return {"loss": 0.0, "clip_ratio": 0.0, "kl": 0.0}
@@ -404,7 +386,7 @@ def policy_gradient(
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
         objective = clipped_objective(logp, old_logp, advantage[r, None], eps_low, eps_high)
         rho, kl = (logp - old_logp).exp(), torch.zeros_like(logp)
-        if beta > 0:  # rho times k3: the old policy drew the tokens (DeepSeek-V3.2, arXiv 2512.02556)
+        if beta > 0:  # times rho: the old policy drew the tokens (DeepSeek-V3.2, arXiv 2512.02556)
             with torch.no_grad():
                 ref_logp, _ = step_logps(ref_model, rollout, r, t, mask_id=mask_id, temperature=temperature)
             d = ref_logp - logp
@@ -417,7 +399,7 @@ def policy_gradient(
     return {"loss": loss, "clip_ratio": clipped / tokens, "kl": kl / tokens}
 
 
-# ===== 5. Training loop ===============================================================================================
+# ===== 5. Training loop =====
 
 
 def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model=None) -> None:
@@ -544,7 +526,7 @@ world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 no_bar = lambda: rank() > 0 or "TQDM_DISABLE" in os.environ or None  # None: none where there is no terminal
 
 
-# ===== 6. Tasks: examples, prompts, rewards ===========================================================================
+# ===== 6. Tasks: examples, prompts, rewards =====
 
 
 class BadInput(ValueError): ...  # what was given cannot work: agrpo.py and eval.py end with the message
@@ -711,44 +693,47 @@ TASKS = {
 }  # fmt: skip
 
 
-# ===== 7. Models ======================================================================================================
+# ===== 7. Models =====
 
 
-def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32, adapter_base: str | None = None):
+def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
     name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file
-    saved: a run, a checkpoint, an adapter (peft's too). adapter_base: where an adapter's base is now, if moved."""
+    saved: a run, a checkpoint, an adapter (peft's too)."""
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
-    folder, raw = find_checkpoint(name_or_path)
+    folder = newest(local_or_hub(name_or_path))
     name = str(folder.resolve()) if Path(name_or_path).exists() else name_or_path
-    if "peft_type" in raw:
-        model, tokenizer, mask_id = load_model(adapter_base or raw["base_model_name_or_path"], device, dtype)
-        load_lora(merge_lora(model), folder)
-        model.name_or_path = name  # what a further adapter is put on
-        return model, tokenizer, mask_id
+    if (adapter := folder / "adapter_config.json").exists():
+        loaded = load_model(json.loads(adapter.read_text())["base_model_name_or_path"], device, dtype)
+        load_lora(merge_lora(loaded[0]), folder)
+        loaded[0].name_or_path = name  # what a further adapter is put on
+        return loaded
+    raw = json.loads((folder / "config.json").read_text())
     kind = raw.get("model_type")
     windows = raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}
     if kind not in MODELS or windows or re.search("bd3lm|tide|opdlm", Path(name).name.lower()):  # causal between blocks
         raise BadInput(f"{name}, a {kind}: only {', '.join(MODELS)} can be loaded, if all tokens see each other")
-    own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")
-    shape = {key: raw[key] for key in own if key in raw}  # only what describes the architecture
-    shape |= {ours: raw[theirs] for theirs, ours in LLADA.items() if theirs in raw}
-    config = MODELS[kind].config_class(**shape | ({} if kind == "bert" else FULL), logits_shift=int(kind == "Dream"))
-    if torch.device(device).type == "cpu" and config.num_hidden_layers * config.hidden_size**2 > 2e8:
-        raise BadInput(f"{name}: billions of parameters are too many for a CPU; use a GPU")
+    shape = raw | {ours: raw[theirs] for theirs, ours in LLADA.items() if theirs in raw}
+    own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")  # what describes the architecture
+    config = MODELS[kind].config_class(**{key: shape[key] for key in own if key in shape})
+    if kind != "bert":  # all tokens see each other; the embedding of the padding token is trained like any other
+        config.is_causal, config.use_cache, config.pad_token_id = False, False, None
+        config.logits_shift = int(kind == "Dream")
+    if torch.device(device).type == "cpu" and config.hidden_size > 3000:
+        raise BadInput(f"{name}: too large for a CPU; use a GPU")
     tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer
     tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
-    if mask_id is None or tokenizer.eos_token_id is None:
+    if None in (mask_id, tokenizer.eos_token_id):
         raise BadInput(f"{name}: no mask_token_id in config.json, or no eos_token in the tokenizer")
-    weights, renamed = local_or_hub(name, "model", ["*.safetensors*"]), LLADA if kind == "llada" else None
-    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = MODELS[kind].from_pretrained(weights, config=config, dtype=dtype, key_mapping=renamed, **options)
-    wrong = {what: sorted(map(str, names))[:5] for what, names in found.items()}
-    if any(wrong.values()):
-        raise BadInput(f"{name}: weights that do not fit: {wrong}")
+    model, found = MODELS[kind].from_pretrained(
+        local_or_hub(name, "model", ["*.safetensors*"]), config=config, dtype=dtype, use_safetensors=True,
+        key_mapping=LLADA if kind == "llada" else None, output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    if any(found.values()):
+        raise BadInput(f"{name}: weights that do not fit: {found!s:.500}")
     model.raw_config, model.name_or_path = raw, name
     return model.to(device).eval(), tokenizer, mask_id
 
@@ -757,8 +742,6 @@ MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
     "bert": hf.BertForMaskedLM, "llada": hf.LlamaForCausalLM, "Dream": hf.Qwen2ForCausalLM,
     "a2d-llama": hf.LlamaForCausalLM, "a2d-qwen2": hf.Qwen2ForCausalLM, "a2d-qwen3": hf.Qwen3ForCausalLM,
 }  # fmt: skip
-# All tokens see each other; the embedding of the padding token is trained like any other.
-FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None}
 LLADA = {  # LLaDA's names: Llama's. Three lines of a config's, then parts of the names of weights, replaced in order
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "embedding_size": "vocab_size",
@@ -770,21 +753,10 @@ LLADA = {  # LLaDA's names: Llama's. Three lines of a config's, then parts of th
 }  # fmt: skip
 
 
-def find_checkpoint(name: str) -> tuple[Path, dict]:
-    """The folder of a checkpoint (of a run, the newest; from the hub, without weights), and what its config says."""
-    folder = newest(local_or_hub(name, "model", ["*.json", "*.txt", "*.jinja", "adapter_model.safetensors"]))
-    for file in (folder / "adapter_config.json", folder / "config.json"):
-        if file.is_file():
-            return folder, json.loads(file.read_text())
-    raise BadInput(f"{name}: no config.json or adapter_config.json in it, so it is no checkpoint, or not yet")
-
-
-def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
-    """A path as it is, or the folder of a hub repository, kind "model" or "dataset": downloaded, or from the cache."""
+def local_or_hub(name: str, kind="model", files=("*.json", "*.txt", "*.jinja", "adapter_model.safetensors")) -> Path:
+    """A path as it is, or the folder of a hub repository, a "model" (by default without weights) or "dataset"."""
     if Path(name).exists():
         return Path(name)
-    if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        raise BadInput(f"{name}: no such file")
     try:
         return Path(hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - which one depends on the HTTP client
@@ -792,28 +764,23 @@ def local_or_hub(name: str, kind: str, files: list[str]) -> Path:
         raise BadInput(f"{name}: no such file or folder, and no {kind} on the hub; {advice}: {error}") from None
 
 
-class LoRALinear(torch.nn.Module):
+class LoRALinear(Linear):
     """W x + B A x, with W frozen and A, B in float32 (LoRA, arXiv 2106.09685, with alpha = r)."""
 
-    def __init__(self, base: torch.nn.Linear, r: int):
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device)
-        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
-        torch.nn.init.zeros_(self.lora_B.weight)  # at first nothing changes
-
     def forward(self, x: Tensor) -> Tensor:
-        low = linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
-        return self.base_layer(x) + linear(low, self.lora_B.weight.to(x.dtype))
+        low = x @ self.lora_A.weight.T.to(x.dtype)  # (..., r)
+        return super().forward(x) + low @ self.lora_B.weight.T.to(x.dtype)
 
 
 def add_lora(model, r: int, names: set[str] | None = None) -> None:
     """Freeze a model and put LoRA on the linear layers of these names; by default on all but the output head."""
-    model.requires_grad_(False)
     wanted = lambda name: name in names if names else name.startswith(model.base_model_prefix + ".")
-    layers = [name for name, m in model.named_modules() if wanted(name) and isinstance(m, torch.nn.Linear)]
-    for name in layers:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), r))
+    layers = {name: m for name, m in model.named_modules() if wanted(name) and isinstance(m, Linear)}
+    new = {"bias": False, "device": model.requires_grad_(False).device}
+    for m in layers.values():
+        m.__class__ = LoRALinear  # the same layer, with two more
+        m.lora_A, m.lora_B = Linear(m.in_features, r, **new), Linear(r, m.out_features, **new)
+        torch.nn.init.zeros_(m.lora_B.weight)  # at first nothing changes
     model.adapter_config = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": sorted(layers)}
     model.adapter_config["base_model_name_or_path"] = model.name_or_path
 
@@ -838,16 +805,16 @@ def load_lora(model, folder: Path) -> None:
 
 def merge_lora(model):
     """Take LoRA away, its weights added to the model's: an ordinary checkpoint again."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
-            layer.base_layer.weight.data += layer.lora_B.weight.data @ layer.lora_A.weight.data
-            model.set_submodule(name, layer.base_layer)
+    for m in [m for m in model.modules() if isinstance(m, LoRALinear)]:
+        m.weight.data += m.lora_B.weight.data @ m.lora_A.weight.data
+        m.__class__ = Linear
+        del m.lora_A, m.lora_B
     return model.requires_grad_(True)
 
 
 def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
     """Write a folder, whole or not at all: an adapter in peft's layout, or all weights under the names they had."""
-    folder, part = Path(folder), Path(folder).with_name(f"part-{Path(folder).name}")
+    part = Path(f"{folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save_pretrained(part)
     lora = {f"base_model.model.{name}": tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
@@ -868,7 +835,7 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
 
 def tiny_model(device, dtype):
     """A BERT of 367,396 weights over a tokenizer of one token per character: printable ASCII and the newline."""
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "eos", "mask")}
     vocabulary = {token: i for i, token in enumerate([*special.values(), *map(chr, range(32, 127)), "\n"])}
     characters = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[], unk_token="[UNK]"))
     characters.decoder = tokenizers.decoders.Fuse()
@@ -883,16 +850,17 @@ def tiny_model(device, dtype):
 def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed: int, steps: int, batch: int = 128):
     """Teach a fresh model (prompt, completion) pairs by the masked-diffusion ELBO (arXiv 2406.07524): cross-entropy of
     tokens masked with probability t ~ U(0, 1), weighted 1/t, an upper bound on -log p(completion | prompt)."""
-    prompts, completions = (tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs))
+    prompts, completions = (tokenizer(list(texts), return_tensors="pt").input_ids for texts in zip(*pairs))
     optimizer = torch.optim.AdamW(model.parameters())
     for step in tqdm(range(steps), "pretraining", unit="step", disable=no_bar()):
         rng = seeded_generator("cpu", seed, "pretrain", step)
         rows = torch.randint(len(prompts), (batch,), generator=rng)
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng))[:, None] / batch).clamp(min=1e-3)  # (B, 1)
-        masked = torch.rand(batch, completions.shape[1], generator=rng) < t  # (B, C)
-        ids = torch.cat([prompts[rows], completions[rows].masked_fill(masked, mask_id)], 1).to(model.device)
+        target = completions[rows]  # (B, C)
+        masked = torch.rand(target.shape, generator=rng) < t
+        ids = torch.cat([prompts[rows], target.masked_fill(masked, mask_id)], 1).to(model.device)
         logits = model(ids).logits[:, prompts.shape[1] :].cpu()  # (B, C, V)
-        losses = cross_entropy(logits.transpose(1, 2), completions[rows], reduction="none")  # (B, C)
+        losses = cross_entropy(logits.transpose(1, 2), target, reduction="none")  # (B, C)
         optimizer.zero_grad()
         (losses * masked / t).sum(1).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -901,7 +869,7 @@ def pretrain(model, tokenizer, mask_id: int, pairs: list[tuple[str, str]], seed:
         optimizer.step()
 
 
-# ===== 8. Command line ================================================================================================
+# ===== 8. Command line =====
 
 option = lambda default, text: field(default=default, metadata={"help": text})
 
@@ -977,16 +945,17 @@ def parse_settings(argv: list[str]) -> Settings:
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.resume:
+        if changed.keys() & {"lora_rank", "output_dir"}:
+            parser.error("--lora_rank and --output_dir of a run cannot be changed")
         print("changed from here on:", changed or "nothing")
     if args.model == "qwen3-0.6b":
         args.model = SMALL["model"]
     if args.data and Path(args.data).exists():
         args.data = str(Path(args.data).resolve())
-    run = args.output_dir or f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
-    args.output_dir = args.resume or run
+    run = args.resume or args.output_dir or f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     if Path(run, "settings.json").exists() and not args.resume:
         parser.error(f"{run} has a run; give another --output_dir, or go on: --resume {run}")
-    return Settings(**vars(args))
+    return Settings(**vars(args) | {"output_dir": run})
 
 
 def prepare(args: Settings) -> None:

@@ -37,7 +37,6 @@ run_of = lambda name: Path(name) if (Path(name) / "settings.json").is_file() els
 class Options(make_dataclass("Shared", [(f.name, f.type, f) for f in fields(Settings) if f.name in SHARED])):
     task: Literal["sudoku", "countdown", "gsm8k", "math"] = option("sudoku", "what to measure on")
     base: str | None = option(None, "the model that it was trained from")
-    adapter_base: str | None = option(None, "where the base of an adapter is now, if it was moved")
     examples: int = option(0, "measure on the first so many; 0: all")
     steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1], metadata={"help": "numbers of sampling steps"})
     samples: int = option(1, "N: completions of each example, for pass@N and majority@N")
@@ -52,7 +51,7 @@ def measure(name: str, checkpoint: str, examples: list, args: Options) -> dict[s
     """Complete the examples with each number of steps; save and show what was asked for. Returns steps -> figures."""
     half = args.device.startswith("cuda") and not agrpo.is_tiny(checkpoint)
     dtype = torch.bfloat16 if half else torch.float32
-    loaded = agrpo.load_model(checkpoint, args.device, dtype, args.adapter_base)
+    loaded = agrpo.load_model(checkpoint, args.device, dtype)
     curve, repeats = {}, [(seed, sample) for seed in args.seeds for sample in range(args.samples)]
     passes = len(repeats) * -(-len(examples) // (args.rollout_batch * world_size())) * sum(args.steps)
     bar = tqdm(total=passes, desc=name, unit="pass", leave=False, disable=agrpo.no_bar())
@@ -220,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_options(argv)
         models = {"trained": args.checkpoint} | ({"base": args.base} if args.base else {})
         for checkpoint in models.values():
-            agrpo.find_checkpoint(checkpoint)
+            agrpo.local_or_hub(checkpoint)
         test = agrpo.TASKS[args.task].examples("test", Settings(data=args.data))[: args.examples or None]
         test = [example | {"number": i} for i, example in enumerate(test)]
         for file in [Path(file) for file in (args.save, args.output, args.plot) if file and rank() == 0]:
