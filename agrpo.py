@@ -95,9 +95,9 @@ class Rollout:
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
     """Logits (N, n, V), in the model's dtype, at positions (N, n) only: the head never sees the rest.
     input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions int64, from the end if
-    below 0, for Dream not 0. ValueError for padding on the right, dropout, and libraries' other classes: some would be silently wrong (RoBERTa counts positions
-    otherwise, StableLM is causal, Gemma 2 scales logits). Your own needs base_model, config and cls, or lm_head and
-    is_causal = False (from transformers 5.2)."""
+    below 0, for Dream not 0. ValueError for padding on the right, dropout, and classes of libraries that would be
+    silently wrong (RoBERTa counts positions otherwise, StableLM is causal, Gemma 2 scales logits). Your own needs
+    base_model, config and cls, or lm_head and is_causal = False (from transformers 5.2)."""
     kind, bert = type(model), hasattr(model, "cls")
     known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     causal = getattr(model.config, "is_decoder" if bert else "is_causal", not bert)
@@ -328,10 +328,9 @@ def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature:
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std=False) -> Tensor:
-    """A_i = r_i - mean(r) over the row's group. (B,), as are rewards, groups side by side.
+    """A_i = r_i - mean(r) over the row's group. (B,), as are rewards, groups side by side. ValueError for other shapes.
     Each reward is in its own baseline, which scales the expected gradient by 1 - 1/G. Dividing by the group's standard
-    deviation biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783).
-    ValueError where rewards make no whole groups."""
+    deviation biases it towards easy and hard prompts (Dr. GRPO, arXiv 2503.20783)."""
     rewards = torch.as_tensor(rewards)
     if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards {tuple(rewards.shape)} do not split into groups of {group_size}; 2 is the least")
@@ -415,13 +414,9 @@ def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model
             optimizer.state[trained[int(i)]][name] = tensor if name == "step" else tensor.to(model.device)
     report, count = lambda *_: None, args.prompts_per_update
     if rank() == 0 and args.report_to == "wandb":
-        import wandb
-
-        report = wandb.init(project="agrpo", config=asdict(args)).log
+        report = importlib.import_module("wandb").init(project="agrpo", config=asdict(args)).log
     if rank() == 0 and args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(run)
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(run)
         report = lambda metrics, step: [board.add_scalar(*metric, step) for metric in metrics.items()]
     epochs = range(math.ceil(args.max_steps * count / len(examples)))  # each has every example once
     order = [e for n in epochs for e in random.Random(f"{args.seed} epoch {n}").sample(examples, len(examples))]
@@ -470,8 +465,7 @@ def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model
         history.append(metrics)
         if rank() == 0:
             report(metrics, done)
-            log.with_suffix(".part").write_text("".join(json.dumps(row) + "\n" for row in history))
-            log.with_suffix(".part").replace(log)  # all of it or nothing, whenever the process is killed
+            write(log, "".join(json.dumps(row) + "\n" for row in history))
             if metrics.get("eval_accuracy", 0) > best:
                 save_model(model, tokenizer, run / "best")
             if done % args.save_every == 0 or done == args.max_steps:
@@ -520,6 +514,7 @@ seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(rand
 number = lambda folder: int(folder.name[11:] if folder.name[11:].isdigit() else -1)  # a copy, or best: -1
 checkpoints = lambda run: sorted((x for x in run.glob("checkpoint-*") if number(x) >= 0), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
+write = lambda file, text: Path(f"{file}.part").write_text(text) and Path(f"{file}.part").replace(file)  # at once
 sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # the former returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
@@ -550,7 +545,6 @@ class Task:
             return source
         import datasets  # here, as it takes 85 MB
 
-        datasets.disable_progress_bars()
         patterns = [at + split + shard for at in ("", "data/", "main/") for shard in (".*", "-*-of-*")]
         place = local_or_hub(source, "dataset", patterns)
         files = sorted(map(str, itertools.chain(*map(place.glob, patterns)))) or [str(place)]
@@ -677,8 +671,8 @@ BOXED = "{question}\n\nReason step by step, and put the final answer within \\bo
 TASKS = {
     "sudoku": Task(lambda *pair: sudoku_credit(*pair) == 1, sudoku_create,
         {"Puzzle": "(?P<puzzle>[0-4]{16})", "Solution": "(?P<solution>[1-4]{16})"},
-        "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 is "
-        "a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>.",
+        "Fill in this 4x4 Sudoku, given row by row, so that every row, column and 2x2 box holds 1, 2, 3 and 4 once; 0 "
+        "is a blank: {puzzle}" + FORMAT + "the 16 digits, such as <answer>1234341221434321</answer>.",
         sudoku_credit, sudoku_picture),
     "countdown": Task(countdown_right, countdown_create,
         {"input|nums": r"\[?(?P<numbers>[0-9]+(?:[, ]+[0-9]+)+)\]?", "output|target": "(?P<target>[0-9]+)"},
@@ -826,8 +820,7 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
         if hasattr(model, "raw_config"):  # transformers has undone the key_mapping, so the config must be LLaDA's too
             (part / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     if optimizer:
-        states = optimizer.state_dict()["state"].items()
-        states = {f"{i} {name}": tensor for i, state in states for name, tensor in state.items()}
+        states = {f"{i} {name}": x for i, state in optimizer.state_dict()["state"].items() for name, x in state.items()}
         save_file(states, part / "optimizer.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -948,10 +941,8 @@ def parse_settings(argv: list[str]) -> Settings:
         if changed.keys() & {"lora_rank", "output_dir"}:
             parser.error("--lora_rank and --output_dir of a run cannot be changed")
         print("changed from here on:", changed or "nothing")
-    if args.model == "qwen3-0.6b":
-        args.model = SMALL["model"]
-    if args.data and Path(args.data).exists():
-        args.data = str(Path(args.data).resolve())
+    args.model = SMALL["model"] if args.model == "qwen3-0.6b" else args.model
+    args.data = str(Path(args.data).resolve()) if args.data and Path(args.data).exists() else args.data
     run = args.resume or args.output_dir or f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
     if Path(run, "settings.json").exists() and not args.resume:
         parser.error(f"{run} has a run; give another --output_dir, or go on: --resume {run}")
@@ -1015,8 +1006,7 @@ def run_training(args: Settings) -> None:
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "settings.json").touch(exist_ok=bool(args.resume))  # fails if another run has begun here
-        (run / "part.json").write_text(json.dumps(asdict(args), indent=1))
-        (run / "part.json").replace(run / "settings.json")  # all of it or nothing, whenever the process is killed
+        write(run / "settings.json", json.dumps(asdict(args), indent=1))
     start, both = newest(run), len(given) - len(examples)
     print(f"{args.task}: {args.model}, {model.num_parameters():,} weights, {args.device}; seed {args.seed}; at {start}")
     print(f"{len(examples)} examples to train on, {len(test)} to test on; {both} were both: not trained on")
@@ -1050,10 +1040,9 @@ def main(argv: list[str]) -> None:
         prepare(args)
         run_training(args)
     except (BadInput, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        what = (str(error) or "stopped").splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            what = "out of memory: lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
-        go_on = f"; to go on: --resume {args.output_dir}" * (Path(args.output_dir) / "settings.json").exists()
+        less = "out of memory: lower --micro_batch or --rollout_batch, or --gradient_checkpointing true"
+        what = less if isinstance(error, torch.OutOfMemoryError) else (str(error) or "stopped").splitlines()[0]
+        go_on = f"; to go on: --resume {args.output_dir}" * Path(args.output_dir, "settings.json").exists()
         sys.exit(f"agrpo.py: {what}{go_on}")
 
 
