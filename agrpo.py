@@ -710,10 +710,8 @@ def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float
         raise BadInput(f"{name}, a {kind}: only {', '.join(MODELS)} can be loaded, if all tokens see each other")
     shape = raw | {ours: raw[theirs] for theirs, ours in LLADA.items() if theirs in raw}
     own = (*MODELS[kind].config_class.__annotations__, "rope_theta", "rope_scaling")  # what describes the architecture
-    config = MODELS[kind].config_class(**{key: shape[key] for key in own if key in shape})
-    if kind != "bert":  # all tokens see each other; the embedding of the padding token is trained like any other
-        config.is_causal, config.use_cache, config.pad_token_id = False, False, None
-        config.logits_shift = int(kind == "Dream")
+    shape = {key: shape[key] for key in own if key in shape} | (FULL if kind != "bert" else {})
+    config = MODELS[kind].config_class(**shape, logits_shift=int(kind == "Dream"))
     if torch.device(device).type == "cpu" and config.hidden_size > 3000:
         raise BadInput(f"{name}: too large for a CPU; use a GPU")
     tokenizer_class = hf.Qwen2Tokenizer if kind == "Dream" else hf.AutoTokenizer
@@ -736,6 +734,8 @@ MODELS = {  # model_type: its class in transformers; those of A2D are dLLM's
     "bert": hf.BertForMaskedLM, "llada": hf.LlamaForCausalLM, "Dream": hf.Qwen2ForCausalLM,
     "a2d-llama": hf.LlamaForCausalLM, "a2d-qwen2": hf.Qwen2ForCausalLM, "a2d-qwen3": hf.Qwen3ForCausalLM,
 }  # fmt: skip
+# All tokens see each other; the embedding of the padding token is trained like any other.
+FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None}
 LLADA = {  # LLaDA's names: Llama's. Three lines of a config's, then parts of the names of weights, replaced in order
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "embedding_size": "vocab_size",

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from fractions import Fraction
@@ -37,9 +36,8 @@ from weakref import finalize
 import datasets
 import pytest
 import torch
-import transformers
+import transformers as hf
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import agrpo
@@ -64,9 +62,9 @@ def mask_predictor(seed: int = 2, vocab: int = 4, width: int = 8, spread: float 
     """A random mask predictor whose predictions are far from uniform and depend on all that they may."""
     shape = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 32}
-    model = BertForMaskedLM(BertConfig(**shape))
+    model = hf.BertForMaskedLM(hf.BertConfig(**shape))
     if dream:  # a Qwen2 whose logits are about the next position
-        model = Qwen2ForCausalLM(Qwen2Config(is_causal=False, num_key_value_heads=1, logits_shift=1, **shape))
+        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(is_causal=False, num_key_value_heads=1, logits_shift=1, **shape))
     rng = seeded(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
@@ -109,8 +107,7 @@ def enumerated(name: str, seed: int = 2) -> SimpleNamespace:
     """Every trajectory of one setting, N of them: as a rollout that nobody sampled, and with its exact probability.
 
     log_probability (N,) is of all of it, the choice of positions included; by_step (N, T) of the tokens of each step;
-    logp_under(model) (N, C) of each token, in the state that is number `state` (N, C); all differentiable.
-    """
+    logp_under(model) (N, C) of each token, in the state that is number `state` (N, C); all differentiable."""
     model, sampling = mask_predictor(seed=seed), SETTINGS[name]
     C, block, T, ends = (sampling[key] for key in ("completion_length", "block_length", "steps", "eos_id"))
     ends, inside = ends if isinstance(ends, list) else [ends], T * block // C  # steps inside one block
@@ -250,8 +247,8 @@ def test_what_would_be_wrong_is_refused():
     """Steps that do not fit, proposals without a step, padding on the right, dropout, unknown words."""
     model, two, prompt = mask_predictor(), torch.tensor([2]), torch.tensor([[*PROMPT, MASK]])
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, is_causal=False))
-    stablelm = transformers.StableLmForCausalLM(transformers.StableLmConfig(**shape, is_causal=False))
+    roberta = hf.RobertaForMaskedLM(hf.RobertaConfig(**shape, is_causal=False))
+    stablelm = hf.StableLmForCausalLM(hf.StableLmConfig(**shape, is_causal=False))
     causal, decoder, dropout = (mask_predictor(dream=dream) for dream in (True, False, False))
     del causal.config.is_causal
     decoder.config.is_decoder = True
@@ -295,8 +292,7 @@ def every_draw(proposal: Tensor, num_steps: Tensor, k: int, at: float = 0.5) -> 
     """Each row with each of its timestep draws: rows (M,), probabilities (M,), what each step then weighs (M, T).
 
     A row draws at the points j + x, x uniform. It draws step t with probability min(1, c p_t), where c, found by
-    bisection, makes them add up to k. On a piece of x between two edges the draw is the same. at: where in the piece.
-    """
+    bisection, makes them add up to k. Between two edges of x the draw is the same. at: where in this piece."""
     p = proposal.double() * (torch.arange(proposal.shape[1]) < num_steps[:, None])
     low, high = 0 * p[:, :1], 0 * p[:, :1] + 1e9
     for _ in range(100):
@@ -404,9 +400,8 @@ def one_step_view(rollout: Rollout, mask_id: int, hide: float = 0.15, generator=
 def diffu_grpo(model, rollout: Rollout, advantage: Tensor, *, gradient=agrpo.policy_gradient, **options) -> dict:
     """In place of `agrpo.policy_gradient`, this makes a run one of diffu-GRPO."""
     view = one_step_view(rollout, options["mask_id"], generator=options["generator"])
-    return gradient(
-        model, view, advantage, **options | {"length_norm": "constant", "proposal": None, "on_policy": True}
-    )
+    options |= {"length_norm": "constant", "proposal": None, "on_policy": True}
+    return gradient(model, view, advantage, **options)
 
 
 @lru_cache
@@ -642,7 +637,6 @@ def print_tables():
     for n in marginal.argsort(descending=True)[[0, 1, 2, 3, -2, -1]]:
         cells = f"{marginal[n]:14.8f}{elbo[n]:14.8f}{estimate[n]:16.8f}{marginal[n] - elbo[n]:10.4f}"
         print(f"   {spell(texts[n])}   {cells}")
-
     print("\n2. Likelihood of a trajectory (nats). Estimate from k of its 3 steps: mean over draws +- deviation\n")
     print("   text   unmasked at       exact" + "".join(f"{f'k = {k}':>24s}" for k in (1, 2, 3)))
     by_k = [estimates(k) for k in (1, 2, 3)]
@@ -650,20 +644,17 @@ def print_tables():
         cells = "".join(f"{mean[row]:14.8f} +-{deviation[row]:7.4f}" for mean, deviation in by_k)
         at = " ".join(map(str, e.rollout.step[row].tolist()))
         print(f"   {spell(e.rollout.completion[row])}  {at}     {exact[row].sum():14.8f}{cells}")
-
     print("\n3. Mean update over all trajectories, groups and draws, beside (1 - 1/G) grad E[reward] / T; 8 models\n")
     print(f"   {'median of the 8':32s}   cosine  (lowest)   |mean| / |exact|   relative error")
     for name, rows in bias_table().items():
         along, norm, error = rows.median(0).values.tolist()
         print(f"   {name:32s}{along:9.4f}{rows[:, 0].min():10.4f}{norm:19.4f}{error:17.1e}")
-
     passes, ks = (10, 100, 1000, 10000), (1, 2, 4, 8)
     print("\n4. Error of the mean of completions that cost P passes: bias + variance / P, over |gradient|^2; T = 4\n")
     print(f"   {'':28s}{'bias':>10s}{'variance':>10s}" + "".join(f"{f'P = {P}':>10s}" for P in passes))
     for name, (bias, variance) in passes_table().items():
         errors = "".join(f"{bias + variance / P:10.3f}" for P in passes)
         print(f"   {name:28s}{bias:10.3f}{variance:10.1f}{errors}")
-
     print("\n5. Variance of the gradient estimate over draws / |gradient|^2: 32 completions, T = 16\n")
     print(f"   {'proposal':12s}{'points':42s}" + "".join(f"{f'k = {k}':>9s}" for k in ks))
     for kind, points in itertools.product(KINDS, POINTS):
@@ -904,7 +895,7 @@ BAD_DATA = {
     "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "no question like (?P<question>.+) in row 2"),
     "no parquet": ("a.parquet", "nonsense", "no rows in a readable"), "no format": ("a.txt", "q", ".parquet"),
     "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "no rows in a readable"),
-    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "no Puzzle like (?P<puzzle>"),
+    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "[0-4]{16}) in row 2"),
 }  # fmt: skip
 DEBRIS = words("<answer> </answer> <reasoning> </reasoning> \\boxed{ #### 1 7 e999 ٧٢ \u2212 \u202e ½ Ⅶ \ud800")
 DEBRIS += [*"{}()+-*/= \n\0,.$", "9" * 5000, "((((" * 500, "<answer" * 500]
@@ -945,8 +936,8 @@ def test_answers_and_slow_attacks(task):
     if task == "countdown":
         assert all(judge({"numbers": "[2, 3]", "target": "6"}, f"2 {x} 3") for x in words("\\times × \\cdot ·"))
     if task == "math":  # which cannot be checked in another thread, and says so
-        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="thread"):
-            other.submit(judge, example, right[0]).result()
+        with multiprocessing.pool.ThreadPool(1) as other, pytest.raises(ValueError, match="thread"):
+            other.apply(judge, (example, right[0]))
     if task == "gsm8k":
         assert all(judge({"gold": "-1,234"}, minus + "$1234") for minus in ("-", "\u2013", "- "))
         assert not any(judge({"gold": "-1234"}, answer) for answer in right)
@@ -1010,15 +1001,14 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
             read("gsm8k")
 
 
-@pytest.mark.parametrize("where", ["main", "data"])
-def test_data_from_the_hub_and_beside_a_file(where, tmp_path, monkeypatch):
+def test_data_from_the_hub_and_beside_a_file(tmp_path, monkeypatch):
     """A file is to test on: what to train on stays the task's own, here all shards in a folder of the hub's."""
-    (tmp_path / where).mkdir()
-    for n, name in enumerate(words("train-00000-of-00002-1f train-00001-of-00002-2e train-small test-00000-of-00001")):
-        (tmp_path / where / f"{name}.jsonl").write_text(ROW.replace("5", str(n)))
+    names = words("main/train-00000-of-00002-1f main/train-00001-of-00002-2e main/train-small data/test-00000-of-00001")
+    for n, file in enumerate(tmp_path / f"{name}.jsonl" for name in names):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(ROW.replace("5", str(n)))
     (tmp_path / "mine.jsonl").write_text(ROW)
-    download = mock.Mock(return_value=str(tmp_path))
-    monkeypatch.setattr(agrpo.hub, "snapshot_download", download)
+    monkeypatch.setattr(agrpo.hub, "snapshot_download", download := mock.Mock(return_value=str(tmp_path)))
     read = lambda split: TASKS["gsm8k"].examples(split, agrpo.Settings(data=str(tmp_path / "mine.jsonl")))
     assert [[e["gold"] for e in read(split)] for split in ("train", "test")] == [["0", "1"], ["5"]]
     assert download.call_args.args == ("openai/gsm8k",) and download.call_count == 1
@@ -1041,7 +1031,6 @@ IDS = torch.arange(5, 23).view(2, 9)
 logits_of = lambda folder: agrpo.load_model(str(folder))[0](IDS).logits
 LLADA_RUN = "--prompts_per_update 2 --group_size 2 --rollout_batch 2 --k 2 --completion_length 12 --block_length 6 "
 LLADA_RUN += "--steps 4 --eval_steps 4 --eval_examples 2 --lora_rank 2 --device cpu "
-FULL = {"is_causal": False, "use_cache": False, "pad_token_id": None}  # as load_model configures them
 CANNOT_SERVE = [  # what is said, the folder's name, what is changed in its config
     ("missing.*layers.2.*unexpected", "llada", {"n_layers": 3}), ("gpt2", "llada", {"model_type": "gpt2"}),
     ("unexpected.*layers.1.*mismatched", "llada", {"n_layers": 1}),
@@ -1062,8 +1051,8 @@ def checkpoint(folder: Path, kind: str = "llada", **change):  # a small random o
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
     shape |= {"tie_word_embeddings": kind == "a2d-qwen3", "max_position_embeddings": 2048}
     name = {"llada": "Llama", "Dream": "Qwen2"}.get(kind, kind[4:].capitalize())
-    config = getattr(transformers, name + "Config")(**shape)
-    model, rng = getattr(transformers, name + "ForCausalLM")(config).eval(), seeded(0)
+    config = getattr(hf, name + "Config")(**shape)
+    model, rng = getattr(hf, name + "ForCausalLM")(config).eval(), seeded(0)
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=rng)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # a tied head too
@@ -1138,7 +1127,6 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     agrpo.save_model(model, tokenizer, adapter)
     agrpo.save_model(agrpo.merge_lora(model), tokenizer, tmp_path / "merged")
     assert torch.equal(logits_of(adapter), logits)
-
     where = f"--max_steps 1 --task countdown --model {adapter} --output_dir {tmp_path}/run"
     assert "Nothing to learn from" in run(LLADA_RUN, where)  # so the new B is still 0
     for folder in "merged", "run":
@@ -1147,7 +1135,6 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     more = f"--base {tmp_path}/merged --task countdown --examples 2 --save {tmp_path}/all --show 1 --device cpu"
     assert "step 4 of 4" in run(adapter, more, "--completion_length 12 --block_length 6 --steps 4 2", main=curve.main)
     assert (texts := [row["completion"] for row in rows_of(tmp_path / "all")])[:4] == texts[4:] and len(texts) == 8
-
     whole = agrpo.load_file(file := adapter / "adapter_model.safetensors")
     some = {name: tensor for name, tensor in whole.items() if re.search("[qkv]_proj", name)}
     rename = lambda name: name.replace(".layers.", ".transformer.blocks.").replace("self_attn.", "")
@@ -1165,7 +1152,6 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
         change or (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model.bin")
         with pytest.raises(agrpo.BadInput, match=f"d1.*{said}"):
             agrpo.load_model(str(theirs))
-
     peft = pytest.importorskip("peft")
     read = peft.PeftModel.from_pretrained(agrpo.load_model(str(tmp_path / "llada"))[0], str(adapter))
     torch.testing.assert_close(read.eval()(IDS).logits, logits)
@@ -1231,7 +1217,7 @@ def peak_memory(config, args, length: int = 256, fake: bool = True) -> list[floa
     numbers = mock.patch.multiple(Tensor, tolist=lambda _: [1.0] * 4, item=lambda _: 1.0, __float__=lambda _: 1.0)
     with Living() as living, one_step, numbers:
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.device("cpu"):
-            model = transformers.AutoModelForCausalLM.from_config(config).train(args.gradient_checkpointing)
+            model = hf.AutoModelForCausalLM.from_config(config).train(args.gradient_checkpointing)
             agrpo.add_lora(model, args.lora_rank)
         args.gradient_checkpointing and model.activation_checkpointing_enable()
         adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)  # as on GPUs
@@ -1255,7 +1241,7 @@ def test_memory_estimate_is_what_a_process_grows_by(monkeypatch):
     """Within 15 %, with 27 million weights. A tiny model goes first, to load what stays loaded."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the kernel at once
     shape = {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 16384}
-    tiny, big = (LlamaConfig(hidden_size=width, **shape, **FULL) for width in (16, 512))
+    tiny, big = (hf.LlamaConfig(hidden_size=width, **shape, **agrpo.FULL) for width in (16, 512))
     less = agrpo.Settings(lora_rank=8, micro_batch=8, rollout_batch=8, gradient_checkpointing=True)
     with multiprocessing.get_context("spawn").Pool(1) as process:
         process.apply(peak_memory, (tiny, less, 64, False))
@@ -1266,10 +1252,10 @@ def test_memory_estimate_is_what_a_process_grows_by(monkeypatch):
 def print_memory():
     print("Peak memory in GiB, an estimate; the smallest GPU with a tenth to spare. Prompts of 256 tokens")
     print("\n   model  micro_batch  gradient_checkpointing    update   rollout  evaluation   GPU")
-    llada = LlamaConfig(intermediate_size=12288, vocab_size=126464, dtype="bfloat16", **FULL), agrpo.RELEASE
+    llada = hf.LlamaConfig(intermediate_size=12288, vocab_size=126464, dtype="bfloat16", **agrpo.FULL), agrpo.RELEASE
     qwen = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
-    qwen |= {"num_key_value_heads": 8, "tie_word_embeddings": True, "dtype": "bfloat16"} | FULL  # else defaults
-    small = transformers.Qwen3Config(**qwen), agrpo.SMALL
+    qwen |= {"num_key_value_heads": 8, "tie_word_embeddings": True, "dtype": "bfloat16"} | agrpo.FULL  # else defaults
+    small = hf.Qwen3Config(**qwen), agrpo.SMALL
     for (config, settings), size, less in itertools.product((llada, small), (8, 2, 1), (False, True)):
         need = peak_memory(config, agrpo.Settings(**settings | {"micro_batch": size, "gradient_checkpointing": less}))
         gpu = min(gpu for gpu in (12, 24, 48, 80) if max(need) < 0.9 * gpu)
@@ -1346,10 +1332,8 @@ def test_the_best_checkpoint_is_kept(half_known):
     more += f" --model {half_known}/base --data {half_known}/puzzles.csv --eval_examples 0 --eval_every 1"
     printed = run(SHORT, folder, more) + run("--resume", folder, "--max_steps 6")
     best = max(accuracy := [row["eval_accuracy"] for row in figures(folder)])
-    assert (
-        accuracy.index(best) < 3
-        and f"update 6: accuracy {accuracy[5]:.3f} in evaluation; before, at best {best:.3f}" in printed
-    )
+    said = f"update 6: accuracy {accuracy[5]:.3f} in evaluation; before, at best {best:.3f}"
+    assert accuracy.index(best) < 3 and said in printed
     run(folder / "best", f"--device cpu --output {folder}/best.json", main=curve.main)
     assert json.loads((folder / "best.json").read_text())["results"]["trained"]["4"]["accuracy"] == best > 0
 
@@ -1377,10 +1361,9 @@ def test_eval_s_figures_by_hand():
     for right, n, low, high in (0, 10, 0, 0.277533), (8, 10, 0.490162, 0.943318), (50, 100, 0.403832, 0.596168):
         assert curve.wilson(right / n, n) == pytest.approx((low, high), abs=1e-6)
     said = lambda text: [{"answer": a, "correct": a in ("1,234", "$1234", "(1+2)")} for a in text.split("|")]
-    for text, task in ("7|1,234|$1234", "gsm8k"), ("1,234|8", "gsm8k"), ("||(1+2)", "countdown"):
-        assert curve.vote(said(text), task)
-    for text, task in ("7|1,234|$1234", "countdown"), ("8|1,234", "gsm8k"), ("|", "countdown"):
-        assert not curve.vote(said(text), task)
+    for won, lost, task in ("7|1,234|$1234", "8|1,234", "gsm8k"), ("||(1+2)", "7|1,234|$1234", "countdown"):
+        assert curve.vote(said(won), task) and not curve.vote(said(lost), task)
+    assert curve.vote(said("1,234|8"), "gsm8k") and not curve.vote(said("|"), "countdown")
 
 
 def test_two_processes_do_what_one_does(half_known, tmp_path, monkeypatch):
