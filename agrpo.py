@@ -537,9 +537,9 @@ class Task:
     picture: Callable = lambda _, completion: completion
 
     def examples(self, split: str, args: "Settings") -> list[dict]:
-        """To "train" or "test" on: from --data, where a file is to test on, or else from the task's source."""
+        """To "train" or "test" on: from --data, or from the task's source, also where --data has no train*."""
         source = args.data
-        if not source or (split == "train" and Path(source).is_file()):
+        if not source or (split == "train" and Path(source).exists() and not any(Path(source).glob("**/train*"))):
             source = self.source(split, args.seed)
         if isinstance(source, list):
             return source

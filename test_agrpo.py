@@ -1002,16 +1002,17 @@ def test_data_are_read_from_files_and_folders(name, tmp_path):
 
 
 def test_data_from_the_hub_and_beside_a_file(tmp_path, monkeypatch):
-    """A file is to test on: what to train on stays the task's own, here all shards in a folder of the hub's."""
+    """A file is to test on, or a folder without train.*: training is on the task's own, here all shards on the hub."""
     names = words("main/train-00000-of-00002-1f main/train-00001-of-00002-2e main/train-small data/test-00000-of-00001")
     for n, file in enumerate(tmp_path / f"{name}.jsonl" for name in names):
         file.parent.mkdir(exist_ok=True)
         file.write_text(ROW.replace("5", str(n)))
     (tmp_path / "mine.jsonl").write_text(ROW)
     monkeypatch.setattr(agrpo.hub, "snapshot_download", download := mock.Mock(return_value=str(tmp_path)))
-    read = lambda split: TASKS["gsm8k"].examples(split, agrpo.Settings(data=str(tmp_path / "mine.jsonl")))
-    assert [[e["gold"] for e in read(split)] for split in ("train", "test")] == [["0", "1"], ["5"]]
-    assert download.call_args.args == ("openai/gsm8k",) and download.call_count == 1
+    examples = lambda split, name: TASKS["gsm8k"].examples(split, agrpo.Settings(data=str(tmp_path / name)))
+    read = lambda *how: [example["gold"] for example in examples(*how)]
+    assert read("train", "mine.jsonl") == read("train", "data") == ["0", "1"] and read("test", "mine.jsonl") == ["5"]
+    assert download.call_args.args == ("openai/gsm8k",) and download.call_count == 2
     assert TASKS["gsm8k"].examples("test", agrpo.Settings())[0]["gold"] == "3"
 
 
