@@ -14,26 +14,25 @@ is GRPO (arXiv 2402.03300) on it, and maximizes over B completions
 
     J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
-Each step costs a forward and a backward pass. That cost is *amortized*: only k << T steps of a row are drawn, each
-weighted by 1 / its probability.
+Each step would cost a pass. That cost is *amortized*: k << T steps are drawn, each weighted by 1 / its probability.
 
     q, o     prompt (B, P), completion (B, C): token ids; B = prompts x G, the group size
     s_t      state: the completion before step t, masks where nothing is unmasked yet
     U_t      the positions that step t unmasks, all in one block
-    T, T_i   steps (the paper's m), and those that row i took; k: steps drawn per row, on average
+    T, T_i   steps (the paper's m), and those that row i took; k: steps drawn per row with A_i != 0, on average
     L_i      T_i (length_norm "sequence") or T ("constant")
-    A_i      advantage: reward minus the group's mean; eps: clipping range; beta: the KL's weight
+    A_i      advantage: reward minus the group's mean; eps: clipping range (eps_low, eps_high); beta: the KL's weight
     rho_j    importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
     p_theta  the policy: the model's softmax at temperature tau, over the ids left by top-k and top-p in sampling
     KL_j     rho_j (x - 1 - log x), x = p_ref / p_theta: estimates KL(p_theta || p_ref); p_ref: model before training
 
 A random order does not depend on theta. So log pi(trajectory | q), which a policy gradient needs, is exactly the sum of
-log p_theta(o_j | q, s_t) over all t and j in U_t, plus a constant; its mean over orders is the ELBO, a lower bound of
-log p(o | q). A low-confidence order does depend on it: then the sum is an approximation.
+log p_theta(o_j | q, s_t) over all t and j in U_t, plus a constant. That sum's mean over orders is the ELBO, a lower
+bound of log p(o | q). A low-confidence order does depend on theta: then the sum is an approximation.
 
 Unbiased for what? Over draws of steps: for grad J, always. Over rollouts too: for (1 - 1/G) / T grad E[reward], before
 its norm is clipped, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row ends early, the ids
-left by top-k and top-p stay, and it is the first optimizer step on them.
+left by top-k and top-p are held fixed, and it is the first optimizer step on the rollouts.
 
 The paper's: unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i.
 The official code's: top-k and top-p in the ratio; the optimizer in `train`; the settings in RELEASE.
@@ -94,10 +93,10 @@ class Rollout:
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
     """Logits (N, n, V), in the model's dtype, at positions (N, n) only: the head never sees the rest.
-    input_ids (N, L) int64; attention_mask (N, L) bool, False on padding, or None; positions int64, from the end if
+    input_ids (N, S) int64; attention_mask (N, S) bool, False on padding, or None; positions int64, from the end if
     below 0, for Dream not 0. ValueError for padding on the right, dropout, and classes of libraries that would be
     silently wrong (RoBERTa counts positions otherwise, StableLM is causal, Gemma 2 scales logits). Your own needs
-    base_model, config and cls, or lm_head and is_causal = False (from transformers 5.2)."""
+    base_model, config, and either cls, or lm_head with config.is_causal = False (from transformers 5.2)."""
     kind, bert = type(model), hasattr(model, "cls")
     known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     causal = getattr(model.config, "is_decoder" if bert else "is_causal", not bert)
@@ -109,13 +108,13 @@ def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions
     if attention_mask is not None:
         input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)  # so that `unique` tells padding from tokens
     # Equal rows share a pass, as do the G completions of a prompt while all are masks.
-    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, L); (N,) which of the M each row is
+    input_ids, row = input_ids.unique(dim=0, return_inverse=True)  # (M, S); (N,) which of the M each row is
     real, options = input_ids >= 0, {}
     if not real.all():  # padding changes nothing: positions count from the first token
         if (real[:, :-1] & ~real[:, 1:]).any():
             raise ValueError("prompts must be padded on the left: padding_side='left'")
         options = {"attention_mask": real, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)}
-    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, L, D)
+    hidden = model.base_model(input_ids=input_ids.clamp(min=0), **options).last_hidden_state  # (M, S, D)
     shift = getattr(model.config, "logits_shift", 0)  # 1 for Dream: its logits at i - 1 are about i
     return (model.cls if bert else model.lm_head)(hidden[row[:, None], positions - shift])
 
@@ -127,7 +126,7 @@ without_mask = lambda x, mask_id: x.masked_fill(torch.arange(x.shape[-1], device
 
 def truncate(logits: Tensor, mask_id: int, temperature: float, top_k=0, top_p=1.0) -> Tensor | None:
     """The ids left by top-k, then top-p (nucleus sampling, arXiv 1904.09751): at least one, never mask_id; None: all.
-    logits (..., V). Returns (..., K) int64, filled up with -1; K is top_k, or 1,024 for top-p alone, to save memory."""
+    logits (..., V). Returns (..., K) int64, filled up with -1; K is top_k; 1,024 for top-p alone, to save memory."""
     if not top_k and top_p >= 1:
         return None
     top, kept = without_mask(logits, mask_id).topk(min(top_k or 1024, logits.shape[-1]), dim=-1)
@@ -195,11 +194,11 @@ def sample(
             logits = logits_at(model, ids[rows], ids[rows] >= 0, place - C)  # (R, n, V)
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
-            noise = torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log_()
-            pick = (logps - noise).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
+            gumbel = torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log_().neg_()
+            pick = (logps + gumbel).argmax(-1, keepdim=True)  # the Gumbel-max trick: a draw from the policy
             token = pick if choices is None else choices.gather(-1, pick)  # (R, n, 1)
             token_entropy = torch.special.entr(logps.exp()).sum(-1)  # (R, n)
-            completion[row, place] = token[..., 0]
+            completion[row, place] = token[..., 0]  # low confidence records all, and takes most back below
             step[row, place] = t
             logp[row, place] = logps.gather(-1, pick)[..., 0]
             if choices is not None:
@@ -210,7 +209,7 @@ def sample(
                 masked, token_entropy = masked.gather(1, order), token_entropy.gather(1, order)
             entropy[rows, t] = token_entropy[:, :count].sum(1)
             masked = masked[:, count:]
-            completion[row, masked] = mask_id  # low confidence takes these back, to record them anew
+            completion[row, masked] = mask_id
             t += 1
         num_steps[rows] = t
         rows = rows[~torch.isin(completion[rows, start : start + block_length], ends).all(1)]
@@ -280,7 +279,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal=None, gene
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
-    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), density[None], generator)
+    drawn, weights = draw_timesteps(torch.tensor([len(rows)]), k * len(active), density[None], generator)  # one row
     drawn, weights = drawn[weights > 0], weights[weights > 0]
     return rows[drawn], steps[drawn], weights
 
@@ -288,7 +287,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal=None, gene
 def defensive_proposal(rollout: Rollout, uniform_share=0.1) -> Tensor:
     """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, with sum 1.
     1 - p is, up to a factor of sqrt(2), the length of log p's gradient in the logits: tokens that the policy was sure
-    of teach little. Some uniform keeps weights small."""
+    of teach little. Some uniform (defensive importance sampling) keeps weights small."""
     doubt = (1 - rollout.logp.exp()).clamp(min=0)  # (B, C), 0 where the row had ended
     surprise = torch.zeros_like(rollout.entropy).scatter_add(1, rollout.step.clamp(min=0), doubt).cpu().double()
     taken = (torch.arange(surprise.shape[1]) < rollout.num_steps.cpu()[:, None]).double()  # (B, T)
@@ -361,9 +360,9 @@ def policy_gradient(
 
     advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
     logp.detach()) is 1, with logp's gradient. micro_batch: pairs in memory at once. proposal, generator: see
-    `draw_timesteps`. Train float32 weights: Adam's small steps vanish in bfloat16. Returns loss, an estimate of -J
-    (near 0 on policy); clip_ratio and kl, means over the tokens evaluated, not unbiased. ValueError for another
-    length_norm, beta > 0 without a ref_model of its own, advantages that are not B finite numbers."""
+    `draw_pairs`. Train float32 weights: Adam's small steps vanish in bfloat16. Returns loss, an estimate of -J (on
+    policy near 0 if all L_i are equal); clip_ratio and kl, means over tokens evaluated, not unbiased. ValueError for
+    another length_norm, beta > 0 without a ref_model of its own, advantages that are not B finite numbers."""
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model in (None, model):
@@ -372,7 +371,7 @@ def policy_gradient(
     advantage = torch.as_tensor(advantage).detach().to(rollout.logp)
     if advantage.shape != (B,) or not advantage.isfinite().all():
         raise ValueError(f"advantage must be {B} finite numbers")
-    length = rollout.num_steps.clamp(min=T if length_norm == "constant" else 0)  # L_i: T or T_i
+    length = rollout.num_steps if length_norm == "sequence" else torch.full_like(rollout.num_steps, T)  # L_i
     magnitude = (advantage.abs() + beta) / length
     if not magnitude.any():  # no gradient, so no pass
         return {"loss": 0.0, "clip_ratio": 0.0, "kl": 0.0}
@@ -401,10 +400,10 @@ def policy_gradient(
 # ===== 5. Training loop =====
 
 
-def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model=None) -> None:
-    """Train policy = (model, tokenizer, mask_id), from the run's newest checkpoint on. Randomness is seeded by (seed,
+def train(loaded: tuple, examples: list, test: list, args: "Settings", ref_model=None) -> None:
+    """Train loaded = (model, tokenizer, mask_id), from the run's newest checkpoint on. Randomness is seeded by (seed,
     purpose, update): on a CPU, a run that was killed ends bit for bit as if it had not been."""
-    (model, tokenizer, mask_id), task, run = policy, TASKS[args.task], Path(args.output_dir)
+    (model, tokenizer, mask_id), task, run = loaded, TASKS[args.task], Path(args.output_dir)
     trained, history, log = [p for p in model.parameters() if p.requires_grad], [], run / "metrics.jsonl"
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
     for folder in checkpoints(run)[-1:]:  # what came after it is done again
@@ -425,13 +424,13 @@ def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model
     for update in bar:
         # Rollouts: group_size completions of each prompt, side by side.
         chosen = [e for e in order[update * count :][:count] for _ in range(args.group_size)]
-        batch, texts, rollout = generate(*policy, chosen, args, (args.seed, "rollout", update))
+        batch, texts, rollout = generate(*loaded, chosen, args, (args.seed, "rollout", update))
 
         # Rewards and advantages.
         rewards, right = torch.tensor([*map(task.grade, batch, texts)], dtype=torch.float32).to(model.device).unbind(1)
         advantage = group_advantages(rewards, args.group_size, args.scale_by_std)
 
-        # Optimizer steps: the first is on the policy that sampled; the others are not, which is what clipping is for.
+        # Optimizer steps, each on pairs of its own. After the first, the policy is not the one that sampled: so clip.
         rng, proposal = seeded_generator("cpu", args.seed, "timesteps", update, rank()), defensive_proposal(rollout)
         warm, cosine = (update + 1) / max(1, args.warmup_steps), (1 + math.cos(math.pi * update / args.max_steps)) / 2
         learning_rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, warm) * cosine
@@ -460,13 +459,13 @@ def train(policy: tuple, examples: list, test: list, args: "Settings", ref_model
         metrics = {"update": done} | dict(zip(metrics, (sums / world_size()).tolist()))
         best = max((row.get("eval_accuracy", 0) for row in history), default=0)
         if args.eval_every and done % args.eval_every == 0:
-            metrics["eval_accuracy"] = accuracy = evaluate(*policy, test, args, args.eval_steps[0], greedy=True)
+            metrics["eval_accuracy"] = accuracy = evaluate(*loaded, test, args, args.eval_steps[0], greedy=True)
             bar.write(f"update {done}: accuracy {accuracy:.3f} in evaluation; before, at best {best:.3f}")
         history.append(metrics)
         if rank() == 0:
             report(metrics, done)
             write(log, "".join(json.dumps(row) + "\n" for row in history))
-            if metrics.get("eval_accuracy", 0) > best:
+            if metrics.get("eval_accuracy", 0) > best:  # chosen on test examples, so a little lucky
                 save_model(model, tokenizer, run / "best")
             if done % args.save_every == 0 or done == args.max_steps:
                 save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
@@ -514,7 +513,7 @@ seeded_generator = lambda device, *key: torch.Generator(device).manual_seed(rand
 number = lambda folder: int(folder.name[11:] if folder.name[11:].isdigit() else -1)  # a copy, or best: -1
 checkpoints = lambda run: sorted((x for x in run.glob("checkpoint-*") if number(x) >= 0), key=number)  # oldest first
 newest = lambda folder: [folder, *(checkpoints(folder) if (folder / "settings.json").is_file() else [])][-1]  # a run's
-write = lambda file, text: Path(f"{file}.part").write_text(text) and Path(f"{file}.part").replace(file)  # at once
+write = lambda file, text: Path(f"{file}.part").write_text(text) and Path(f"{file}.part").replace(file)  # atomic
 sum_over_ranks = lambda x: (dist.all_reduce(x) or x) if dist.is_initialized() else x  # the former returns None
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
@@ -692,8 +691,8 @@ TASKS = {
 
 def load_model(name_or_path: str, device="cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer, mask_id), ready to sample from. Raises BadInput or OSError for what cannot be loaded.
-    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D checkpoint (folder or hub id), or what this file
-    saved: a run, a checkpoint, an adapter (peft's too)."""
+    name_or_path: "tiny" (not trained yet), a LLaDA, Dream or A2D (dLLM's) checkpoint (folder or hub id), or what this
+    file saved: a run, a checkpoint, an adapter (peft's too)."""
     if name_or_path == "tiny":
         return tiny_model(device, dtype)
     folder = newest(local_or_hub(name_or_path))
@@ -894,7 +893,7 @@ class Settings:  # with the tiny model's defaults; RELEASE holds those that diff
     temperature: float = option(1.0, "tau: sampling temperature")
     top_k: int = option(0, "sample from so many tokens; 0: all")
     top_p: float = option(1.0, "sample from the most probable with this sum")
-    learning_rate: float = option(7e-4, "at its highest; then cosine decay to 0")
+    learning_rate: float = option(7e-4, "before warm-up and cosine decay to 0")
     warmup_steps: int = option(20, "updates of rising learning rate")
     lora_rank: int = option(0, "r of LoRA; 0: train all weights")
     micro_batch: int = option(256, "(completion, step) pairs in memory at once")
@@ -961,7 +960,8 @@ def prepare(args: Settings) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good: only the first process prints
-    for name in ("temperature", "top_p", "k", "max_steps", "save_every", "block_length", "rollout_batch", "group_size"):
+    positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "rollout_batch")
+    for name in (*positive, "block_length", "group_size"):
         if not getattr(args, name) > (name == "group_size"):
             raise BadInput(f"--{name} {getattr(args, name)} is too small")
     if args.model == "tiny" and args.task != "sudoku":
@@ -977,12 +977,12 @@ def prepare(args: Settings) -> None:
         raise BadInput(str(error)) from None
 
 
-def measure(results: dict, stage: str, policy: tuple, test: list, args: Settings) -> None:
+def measure(results: dict, stage: str, loaded: tuple, test: list, args: Settings) -> None:
     """Add to results the accuracy at each of eval_steps, as trained and greedy; print a table of what they hold."""
     results[stage], trained = {}, f"{args.unmasking} unmasking, temperature {args.temperature:g}"
     print(f"\nAccuracy on {len(test)} test examples, by sampling steps (trained with {args.steps})")
     for name, how in ("as trained", trained), ("greedy", "low-confidence unmasking, temperature 0"):
-        results[stage][name] = {n: evaluate(*policy, test, args, n, name == "greedy") for n in args.eval_steps}
+        results[stage][name] = {n: evaluate(*loaded, test, args, n, name == "greedy") for n in args.eval_steps}
         print(f"\n  {f'{name} ({how})':50s}" + "".join(f"{n:>7}" for n in args.eval_steps))
         for row, found in results.items():
             print(f"    {row:48s}" + "".join(f"{accuracy:7.3f}" for accuracy in found[name].values()))
@@ -1000,8 +1000,8 @@ def run_training(args: Settings) -> None:
         raise BadInput("all training examples are test examples too")
     torch.manual_seed(args.seed)  # for weights that begin at random: the same in all processes
     half = args.lora_rank > 0 and args.device.startswith("cuda")  # frozen weights; those that are trained never are
-    policy = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
-    model = merge_lora(policy[0])  # if it is an adapter, a new one goes on top of it
+    loaded = load_model(args.model, args.device, torch.bfloat16 if half else torch.float32)
+    model = merge_lora(loaded[0])  # if it is an adapter, a new one goes on top of it
     args.model = model.name_or_path or args.model  # the whole path
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -1013,22 +1013,22 @@ def run_training(args: Settings) -> None:
     if args.model == "tiny":
         if rank() == 0 and not (run / "base").exists():
             pairs = [tuple(example.values()) for example in sudoku_create("pretrain", args.seed)]
-            pretrain(*policy, pairs, args.seed, args.pretrain_steps)
-            save_model(*policy[:2], run / "base")
+            pretrain(*loaded, pairs, args.seed, args.pretrain_steps)
+            save_model(*loaded[:2], run / "base")
         sum_over_ranks(torch.ones(1))  # the others wait here
-        policy = load_model(str(run / "base"), args.device)
-    measure(results, "base", policy, test, args)
-    model = policy[0]
+        loaded = load_model(str(run / "base"), args.device)
+    measure(results, "base", loaded, test, args)
+    model = loaded[0]
     shared = {id(p): p for p in model.parameters()} if args.lora_rank else {}  # LoRA leaves these weights as they are
     ref_model = copy.deepcopy(model, memo=shared).requires_grad_(False) if args.beta > 0 else None
     if args.lora_rank:
         load_lora(model, start) if start != run else add_lora(model, args.lora_rank)
     elif start != run:
-        policy = load_model(str(start), args.device)
+        loaded = load_model(str(start), args.device)
     if args.gradient_checkpointing:
-        policy[0].activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
-    train(policy, examples, test, args, ref_model)
-    measure(results, "AGRPO", policy, test, args)
+        loaded[0].activation_checkpointing_enable()  # gradient_checkpointing_enable, before transformers 5
+    train(loaded, examples, test, args, ref_model)
+    measure(results, "AGRPO", loaded, test, args)
     if rank() == 0:
         (run / "results.json").write_text(json.dumps({"examples": len(test)} | results, indent=1))
         print(f"{time.time() - began:.0f} s; checkpoint: {checkpoints(run)[-1]}; every update: {run}/metrics.jsonl")

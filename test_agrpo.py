@@ -669,7 +669,7 @@ SHORT += "--optimizer_steps 1 --eval_examples 8 --save_every 2 --show_every 2 --
 REFUSED = {
     "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length 0 is too small",
-    "--group_size 1": "--group_size 1 is too small", "--rollout_batch 0": "too small",
+    "--group_size 1": "--group_size 1 is too small", "--rollout_batch 0": "too small", "--optimizer_steps 0": "too",
     "--k 0": "--k 0 is too small", "--top_p 0": "--top_p 0.0 is", "--max_steps few": "invalid int",
     "--temperature 0": "--temperature 0.0 is too small", "--temperature nan": "--temperature nan is too small",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
