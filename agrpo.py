@@ -67,12 +67,10 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor  # sections 1 to 4 need only math, dataclass, torch and this; 2 builds on 1, and 4 on 1 to 3
 from torch.nn import Linear
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-
-# Sections 1 to 4 need only math, dataclass, torch and Tensor; 2 builds on 1, and 4 on 1 to 3.
 
 # ===== 1. Sampler.  pi(trajectory | q) = prod_t [ Pr(U_t | s_t) prod_{j in U_t} p_theta(o_j | q, s_t) ] =====
 
@@ -215,8 +213,7 @@ def sample(
         rows = rows[~torch.isin(completion[rows, start : start + block_length], ends).all(1)]
         if not len(rows):
             break
-    if len(ends):
-        completion = completion.masked_fill(step < 0, ends[-1])
+    completion = completion.masked_fill(step < 0, ends[-1]) if len(ends) else completion
     return Rollout(prompt, prompt_mask, completion, step, logp, entropy, num_steps, kept)
 
 
@@ -244,8 +241,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     if k < 1 or k % 1:
         raise ValueError(f"k must be whole and at least 1, not {k}")
     device, num_steps = num_steps.device, num_steps.cpu()[:, None]  # (B, 1)
-    if proposal is None:
-        proposal = torch.ones(len(num_steps), int(num_steps.max()))
+    proposal = torch.ones(len(num_steps), int(num_steps.max())) if proposal is None else proposal
     taken = torch.arange(proposal.shape[1]) < num_steps  # (B, T)
     density = proposal.detach().cpu().double().masked_fill(~taken, 0)
     if (((density > 0) & (density < math.inf)).sum(1, keepdim=True) < num_steps).any():
@@ -260,7 +256,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
         certain |= inclusion > 1
     points = torch.arange(k) + torch.rand(num_steps.shape, generator=generator, dtype=torch.float64)  # (B, k)
     steps = torch.searchsorted(inclusion.cumsum(1), points, right=True)  # (B, k)
-    steps = steps.clamp(max=num_steps - 1)  # where rounding or k > num_steps led beyond
+    steps = steps.clamp(max=(num_steps - 1).clamp(min=0))  # where rounding or k > num_steps led beyond
     weights = torch.where(torch.arange(k) < num_steps, 1 / inclusion.gather(1, steps), 0)
     return steps.to(device), weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
@@ -542,24 +538,24 @@ class Task:
             source = self.source(split, args.seed)
         if isinstance(source, list):
             return source
-        import datasets  # here, as it takes 85 MB
-
+        datasets = importlib.import_module("datasets")  # only here, as it takes 85 MB
         patterns = [at + split + shard for at in ("", "data/", "main/") for shard in (".*", "-*-of-*")]
         place = local_or_hub(source, "dataset", patterns)
-        files = sorted(map(str, itertools.chain(*map(place.glob, patterns)))) or [str(place)]
-        examples, problem = [], f"no rows in a readable {split}.csv, .json, .jsonl or .parquet, or not all its shards"
+        found = [place, *itertools.chain(*map(place.glob, patterns))]
+        files = sorted(str(file) for file in found if file.suffix in (".csv", ".json", ".jsonl", ".parquet"))
+        if len(files) != int((re.findall(r"-of-(\d+)", str(files)) or [1])[0]):
+            raise BadInput(f"{source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
+        examples, problem, kind = [], "", Path(files[0]).suffix[1:].removesuffix("l")
+        text = {"converters": dict.fromkeys("|".join(self.columns).split("|"), str)} if kind == "csv" else {}
         try:
-            if len(files) != int((re.findall(r"-of-(\d+)", files[0]) or [1])[0]):
-                raise ValueError(files)
-            kind = Path(files[0]).suffix[1:].removesuffix("l")
-            text = {"converters": dict.fromkeys("|".join(self.columns).split("|"), str)} if kind == "csv" else {}
             for row in datasets.load_dataset(kind, data_files=files, split="train", **text):  # text, as 01 is not 1
                 examples.append({})
                 for names, pattern in self.columns.items():
                     problem = f"no {names} like {pattern} in row {len(examples)}"
-                    value = next(filter(None, map(row.get, names.split("|"))))
+                    value = next(value for value in map(row.get, names.split("|")) if value is not None)
                     examples[-1] |= re.fullmatch(pattern, str(value).strip(), re.DOTALL).groupdict()
         except Exception as error:
+            problem = problem or f"not readable, or no rows: {error.__cause__ or error}"
             raise BadInput(f"{files[0]}: {problem}") from error
         return examples
 
@@ -626,10 +622,7 @@ def countdown_create(split: str, seed: int) -> list[dict]:
 
 def countdown_right(example: dict, answer: str) -> bool:
     """Whether it is an expression of the target from exactly the given numbers; "= target" may follow it."""
-    text = unboxed(answer)
-    for sign, written in ("*", r"×|·|\\times|\\cdot"), ("/", r"÷|\\div"):
-        text = re.sub(written, sign, text)
-    expression = re.sub(rf"(=\s*{example['target']})?\s*\.?\s*$", "", text)
+    expression = re.sub(rf"=\s*{example['target']}\s*$", "", plainly(answer))
     given, used = (sorted(re.findall("[0-9]+", text)) for text in (example["numbers"], expression))
     return used == given and arithmetic(expression) == int(example["target"])
 
@@ -641,14 +634,21 @@ def arithmetic(expression: str) -> Fraction | None:
         return worth(ast.parse(" ".join(allowed.split()), mode="eval").body)
 
 
+def plainly(answer: str) -> str:
+    """The answer out of its box, with one sign each for times, divided by, minus and comma, no bold, no full stop."""
+    text = boxed(answer) or answer
+    for sign, written in ("*", r"×|·|\\(times|cdot)\b"), ("/", r"÷|\\div\b"), ("-", "[‐-–−﹣－]"):
+        text = re.sub(written, sign, text)
+    return text.replace("{,}", ",").replace("**", "").strip().removesuffix(".")
+
+
 def single_number(text: str) -> Fraction | None:
-    """The number in 1,234 or $1234.00 or 1234 apples; None if there are several, or there is more to it."""
-    words = r"[A-Za-z]+([-/'][A-Za-z]+)*(\^2|²)?[.,:!]?|\\?[$%]|\\text|[={}()#€£]|\*\*"
-    bare = re.sub(words, " ", unboxed(text).replace("{,}", ","))
-    function = re.search(r"(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])", text)
-    number = re.fullmatch(r"(?a)\s*(-?)\s*((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?)\s*", bare)
-    if number and not function and len(bare) < 100:
-        return Fraction(number[1] + number[2].replace(",", ""))
+    """The only number in a text, be it 1,234 or $1234.00 or 1234 apples; None for several, or one in a formula."""
+    text = re.sub(r"(?<=[A-Za-z])(\^\{?[23]\}?|[²³])", "", plainly(text))  # m^2
+    found, foreign = re.findall(NUMBER, text), any(c.isnumeric() and not c.isascii() for c in text)  # foreign: ½, ٣
+    if len(found) != 1 or len(text) > 100 or foreign or re.search(ANOTHER, text):
+        return None
+    return Fraction(found[0][1].replace(",", "")) * (-1 if found[0][0] else 1)
 
 
 def math_right(example: dict, answer: str) -> bool:
@@ -661,9 +661,10 @@ def math_right(example: dict, answer: str) -> bool:
 
 SIGN = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
 worth = lambda n: SIGN[type(n.op)](worth(n.left), worth(n.right)) if hasattr(n, "op") else Fraction(n.value)
+NUMBER = r"(-\W*?)?((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"  # (minus, digits)
+ANOTHER = r"\w\s*\*\s*\w|/[\s{(]*\d|\d[\s})]*!|[\^√π]|(?<![a-z])(sqrt|log|ln|exp|pi)(?![a-z])"  # 2*x, x/2, 3!
 BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 boxed = lambda text: "".join(re.findall(BOX, text)) if text.count("\\boxed{") == 1 else ""  # what the only box holds
-unboxed = lambda text: re.sub("[‐-–−﹣－]", "-", boxed(text) or text)  # with one sign for minus
 FORMAT = "\n\nThink first, inside <reasoning> and </reasoning>. Then write the answer inside <answer> and </answer>: "
 TAGS = "{question}" + FORMAT + "the final answer alone, in \\boxed{{}}, such as <answer>\\boxed{{42}}</answer>."
 BOXED = "{question}\n\nReason step by step, and put the final answer within \\boxed{{}}."  # --answer_format boxed
@@ -807,7 +808,7 @@ def merge_lora(model):
 
 def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
     """Write a folder, whole or not at all: an adapter in peft's layout, or all weights under the names they had."""
-    part = Path(f"{folder}.part")
+    part = Path(f"{Path(folder)}.part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save_pretrained(part)
     lora = {f"base_model.model.{name}": tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
@@ -815,9 +816,8 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
         save_file(lora, part / "adapter_model.safetensors")
         (part / "adapter_config.json").write_text(json.dumps(model.adapter_config, indent=1))
     else:
-        model.save_pretrained(part)
-        if hasattr(model, "raw_config"):  # transformers has undone the key_mapping, so the config must be LLaDA's too
-            (part / "config.json").write_text(json.dumps(model.raw_config, indent=1))
+        model.save_pretrained(part)  # undoes the key_mapping, so the config must be as it was too
+        (part / "config.json").write_text(json.dumps(getattr(model, "raw_config", model.config.to_dict()), indent=1))
     if optimizer:
         states = {f"{i} {name}": x for i, state in optimizer.state_dict()["state"].items() for name, x in state.items()}
         save_file(states, part / "optimizer.safetensors")
@@ -942,7 +942,7 @@ def parse_settings(argv: list[str]) -> Settings:
         print("changed from here on:", changed or "nothing")
     args.model = SMALL["model"] if args.model == "qwen3-0.6b" else args.model
     args.data = str(Path(args.data).resolve()) if args.data and Path(args.data).exists() else args.data
-    run = args.resume or args.output_dir or f"runs/{args.task}-{Path(args.model).name}-seed{args.seed}"
+    run = args.resume or args.output_dir or f"runs/{args.task}-{Path(args.model).resolve().name}-seed{args.seed}"
     if Path(run, "settings.json").exists() and not args.resume:
         parser.error(f"{run} has a run; give another --output_dir, or go on: --resume {run}")
     return Settings(**vars(args) | {"output_dir": run})

@@ -7,7 +7,8 @@
     torchrun --nproc_per_node 8 eval.py CHECKPOINT         on 8 GPUs, which share the examples
 
 Both are the folder of a run, a checkpoint in it, or a LLaDA, Dream or A2D folder or hub id. Defaults are those of the
-run, or the paper's for 8B models, but greedy. So, or with the run's sampling options, the figures are training's.
+run, or the paper's for 8B models, but greedy. So, or with the run's sampling options and number of processes, the
+figures are training's.
 """
 
 import importlib.util
