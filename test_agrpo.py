@@ -4,9 +4,8 @@
     python test_agrpo.py        the same story as tables, in half a minute; --memory: what fits which GPU, on paper
     python test_agrpo.py --diffu_grpo ...   a run of agrpo.py, with its options, but by diffu-GRPO
 
-The mask predictor here knows four words (one is EOS, one the mask) and writes three or four, in float64: so few that
-every trajectory (the order in which positions are unmasked, and the tokens) can be enumerated. What training only
-samples is computed here, by code that shares nothing with the sampler, and compared to the last digits.
+The mask predictor here knows four words (one is EOS, one the mask) and writes three or four, in float64: every order
+and every text can be enumerated, by code that shares nothing with the sampler, and compared to the last digits.
 """
 
 import io
@@ -153,8 +152,7 @@ def enumerated(name: str, seed: int = 2) -> SimpleNamespace:
 
 
 def gradient_of(value: Tensor, model) -> Tensor:  # d value / d theta by autograd, as one vector
-    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True)
-    return flat(gradients)
+    return flat(torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True))
 
 
 def update_of(model, *args, **options) -> tuple[Tensor, dict]:  # what is added to .grad, as an ascent, and returned
@@ -182,8 +180,7 @@ def write(model, prompt: Tensor, seed: int = 0, **sampling) -> Rollout:
 
 @pytest.mark.parametrize("name", [*SETTINGS][:-1])
 def test_sampler_draws_from_its_process_and_records_it(name):
-    """20,000 samples are as frequent as the enumeration says, nothing else occurs, and what is recorded is exact.
-    `estimate_logp` finds it again at the steps that it draws, in value and gradient."""
+    """20,000 samples are as frequent as enumerated, what is recorded is exact; `estimate_logp` finds it again."""
     e = enumerated(name)
     which = {key: n for n, key in enumerate(keys(e.rollout.completion, e.rollout.step))}
     assert len(which) == len(e.probability) and abs(e.probability.sum() - 1) < 1e-12
@@ -324,8 +321,7 @@ def test_timestep_weights_are_unbiased(k):
         assert weights[covered].equal(taken[rows][covered])  # each step once with weight 1, in every draw
     uniform = (draw_timesteps(num_steps, k, proposal, seeded(0)) for proposal in (None, taken))
     assert all(ours.equal(theirs) for ours, theirs in zip(*uniform))
-    draws = [draw_timesteps(torch.full((6,), 7 * k), k, generator=seeded(seed))[0] for seed in range(50)]
-    draws = torch.stack(draws)  # (50, 6, k)
+    draws = torch.stack([draw_timesteps(torch.full((6,), 7 * k), k, generator=seeded(n))[0] for n in range(50)])
     assert (draws // 7 == torch.arange(k)).all() and (draws - draws[..., :1] == 7 * torch.arange(k)).all()
     assert len(draws[..., 0].unique(dim=0)) == 50 and len(draws[:, 0, 0].unique()) == 7
 
@@ -350,8 +346,7 @@ def advantage_mass(e, group_size: int = 2, scale_by_std: bool = False) -> Tensor
 
 
 def mean_update(e, k: int = 1, kind: str = "uniform", mass=None, rollout=None, **options) -> Tensor:
-    """The mean of `policy_gradient` over all trajectories, groups and timestep draws, by one real call on all of them:
-    it is linear in their weights."""
+    """The mean of `policy_gradient` over all trajectories, groups and draws, by one call: it is linear in weights."""
     rollout, mass = rollout or e.rollout, advantage_mass(e) if mass is None else mass
 
     def mean_draw(num_steps, k, proposal, generator):
@@ -388,9 +383,8 @@ def test_pairs_are_drawn_in_proportion():
 
 
 def one_step_view(rollout: Rollout, mask_id: int, hide: float = 0.15, generator=None) -> Rollout:
-    """A rollout as if one step had unmasked it all, part of the prompt masked. `policy_gradient` of it, with the length
-    norm "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over the C tokens. It is biased, as hardly any
-    token was sampled in such a state. Not truncated; without a logp, so good for on-policy steps only."""
+    """A rollout as if one step had unmasked it all, part of the prompt masked. `policy_gradient` of it, length_norm
+    "constant", is that of diffu-GRPO (d1, arXiv 2504.12216), a mean over C tokens. Biased; for on-policy steps only."""
     hidden = (torch.rand(rollout.prompt.shape, generator=generator) < hide).to(rollout.prompt.device)
     prompt, steps = rollout.prompt.masked_fill(hidden & rollout.prompt_mask, mask_id), rollout.num_steps.clamp(max=1)
     view = replace(rollout, prompt=prompt, step=rollout.step.clamp(max=0), num_steps=steps, kept=None)
@@ -542,8 +536,7 @@ def test_diffu_grpo_masks_everything_and_some_of_the_prompt(monkeypatch):
 
 
 def draw(points: str, k: int, proposal: Tensor, advantage: Tensor, rng) -> Tensor:
-    """One draw's weights (B, T): of ours, in each row or in the whole batch; or of importance sampling, at independent
-    points or at one in each of B x k strata (official)."""
+    """One draw's weights (B, T): ours, by row or batch; or importance sampling, iid or in B x k strata (official)."""
     (B, T), weights = proposal.shape, torch.zeros_like(proposal)
     if points == "whole":
         rows, steps, drawn = agrpo.draw_pairs(torch.full((B,), T), advantage.abs(), k, proposal, rng)
@@ -754,8 +747,8 @@ def test_a_folder_is_one_run_s_alone(tmp_path, monkeypatch):
     Path("mine").mkdir()
     Path("mine/sweep.yaml").write_text("seed: 0")
     assert agrpo.parse_settings(["--data", "mine"]).data == str(tmp_path / "mine")  # wherever it goes on from
-    load = lambda *_: Path("mine/settings.json").write_text("{}") and TINY(*_)  # another process
-    monkeypatch.setattr(agrpo, "load_model", load)
+    another = lambda *_: Path("mine/settings.json").write_text("{}") and TINY(*_)
+    monkeypatch.setattr(agrpo, "load_model", another)
     assert "exists: 'mine/settings.json'" in refusal("--output_dir mine")
     assert "--resume mine" in refusal("--output_dir mine") and Path("mine/settings.json").read_text() == "{}"
 
@@ -1127,7 +1120,7 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
     logits, adapter = model(IDS).logits, tmp_path / "adapter"
     agrpo.save_model(model, tokenizer, adapter)
-    agrpo.save_model(agrpo.merge_lora(model), tokenizer, tmp_path / "merged")
+    agrpo.save_model(agrpo.merge_lora(model), tokenizer, f"{tmp_path}/merged/")
     assert torch.equal(logits_of(adapter), logits)
     where = f"--max_steps 1 --task countdown --model {adapter} --output_dir {tmp_path}/run"
     assert "Nothing to learn from" in run(LLADA_RUN, where)  # so the new B is still 0
