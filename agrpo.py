@@ -10,7 +10,7 @@ AGRPO is Amortized Group Relative Policy Optimization (Anthony Zhan, "Simple Pol
 Diffusion Language Models", ICML 2026, arXiv 2510.04019v2). A masked diffusion language model predicts the masked tokens
 of a text. It writes a completion from masks only, block by block from the left: each of T steps unmasks a few positions
 of the block and draws their tokens independently. A block of only EOS ends it. This is a Markov decision process. AGRPO
-is GRPO (arXiv 2402.03300) on it, and maximizes over B completions
+is GRPO (arXiv 2402.03300) on it, and maximizes a mean over B completions
 
     J = 1/B sum_i 1/L_i sum_{t < T_i} sum_{j in U_t} [ min(rho_j A_i, clip(rho_j, 1 - eps, 1 + eps) A_i) - beta KL_j ]
 
@@ -19,26 +19,27 @@ Each step would cost a pass. That cost is *amortized*: k << T steps are drawn, e
     q, o     prompt (B, P), completion (B, C): token ids; B = prompts x G, the group size
     s_t      state: the completion before step t, masks where nothing is unmasked yet
     U_t      the positions that step t unmasks, all in one block
-    T, T_i   steps (the paper's m), and those that row i took; k: steps drawn per row with A_i != 0, on average
+    T, T_i   all steps (the paper's m), and those that row i took
+    k        steps drawn, on average over the rows with A_i != 0 or beta > 0
     L_i      T_i (length_norm "sequence") or T ("constant")
     A_i      advantage: reward minus the group's mean; eps: clipping range (eps_low, eps_high); beta: the KL's weight
     rho_j    importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
-    p_theta  the policy: the model's softmax at temperature tau, over the ids left by top-k and top-p in sampling
+    p_theta  the policy: the model's softmax at temperature tau, over the ids that top-k and top-p left in sampling
     KL_j     rho_j (x - 1 - log x), x = p_ref / p_theta: estimates KL(p_theta || p_ref); p_ref: model before training
 
 A random order does not depend on theta. So log pi(trajectory | q), which a policy gradient needs, is exactly the sum of
 log p_theta(o_j | q, s_t) over all t and j in U_t, plus a constant. That sum's mean over orders is the ELBO, a lower
 bound of log p(o | q). A low-confidence order does depend on theta: then the sum is an approximation.
 
-Unbiased for what? Over draws of steps: for grad J, always. Over rollouts too: for (1 - 1/G) / T grad E[reward], before
-its norm is clipped, if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row ends early, the ids
-left by top-k and top-p are held fixed, and it is the first optimizer step on the rollouts.
+Unbiased for what? Before norms are clipped, and over draws of steps: for grad J, always. Over rollouts too: for
+(1 - 1/G) / T grad E[reward], if unmasking is random, beta 0, advantages are not scaled, L_i is T or no row ends early,
+the ids left by top-k and top-p are held fixed, and it is the first optimizer step on the rollouts.
 
 The paper's: unmasking as a decision process, its stepwise likelihood, k sampled steps in place of T, 1/T_i.
 The official code's: top-k and top-p in the ratio; the optimizer in `train`; the settings in RELEASE.
 This file's own: systematic draws of steps, without replacement, from all rows as if they were one, more where |A_i| and
-surprise (1 - p of the tokens) are large (official: by entropy, with replacement, spread over the batch); rho exactly 1
-on the first optimizer step; every sampled token counts (official: none after the last non-EOS token: terms are lost).
+surprise (1 - p of the tokens) are large (official: by entropy, with replacement); rho exactly 1 on the first optimizer
+step; every sampled token counts (official: none after the last non-EOS token, so terms are lost).
 """
 
 import ast
@@ -86,15 +87,15 @@ class Rollout:
     logp: Tensor  # (B, C) at least float32, nats, of the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) likewise, summed over U_t: a metric
     num_steps: Tensor  # (B,) int64, T_i, the steps taken
-    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, then -1; 0 where step is -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, filled up with -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
     """Logits (N, n, V), in the model's dtype, at positions (N, n) only: the head never sees the rest.
     input_ids (N, S) int64; attention_mask (N, S) bool, False on padding, or None; positions int64, from the end if
-    below 0, for Dream not 0. ValueError for padding on the right, dropout, and classes of libraries that would be
-    silently wrong (RoBERTa counts positions otherwise, StableLM is causal, Gemma 2 scales logits). Your own needs
-    base_model, config, and either cls, or lm_head with config.is_causal = False (from transformers 5.2)."""
+    below 0, for Dream not the first. ValueError for padding on the right, dropout, and classes of libraries that would
+    be silently wrong (RoBERTa counts positions otherwise, StableLM is causal, Gemma 2 scales logits). A class of your
+    own needs base_model, config, and either cls, or lm_head with config.is_causal = False (from transformers 5.2)."""
     kind, bert = type(model), hasattr(model, "cls")
     known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     causal = getattr(model.config, "is_decoder" if bert else "is_causal", not bert)
@@ -188,7 +189,7 @@ def sample(
         # The block's masked positions (R, ...), in the random order in which "random" takes them.
         masked = start + torch.rand(len(rows), block_length, generator=generator, device=prompt.device).argsort(1)
         for count in per_step:
-            row, place = rows[:, None], masked[:, :count] if unmasking == "random" else masked  # (R, 1), (R, n)
+            row, place = rows[:, None], masked[:, :count] if unmasking == "random" else masked  # (R, n): where to draw
             logits = logits_at(model, ids[rows], ids[rows] >= 0, place - C)  # (R, n, V)
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
@@ -200,7 +201,7 @@ def sample(
             step[row, place] = t
             logp[row, place] = logps.gather(-1, pick)[..., 0]
             if choices is not None:
-                kept = prompt.new_zeros(B, C, choices.shape[-1]) if t == 0 else kept
+                kept = prompt.new_zeros(B, C, choices.shape[-1]) if kept is None else kept
                 kept[row, place] = choices
             if unmasking == "low_confidence":  # confidence: p at temperature 1, untruncated
                 order = policy_logps(logits, mask_id, 1.0).gather(-1, token)[..., 0].argsort(1, descending=True)
@@ -225,7 +226,7 @@ def draw_timesteps(num_steps: Tensor, k: int, proposal: Tensor | None = None, ge
     """Draw k steps for each row; sum_d weights[d] f(steps[d]) is unbiased for the sum of f(t) over t < num_steps.
 
     num_steps (B,) int64. proposal (B, T), of any scale, finite and above 0 at each row's own steps; None is uniform.
-    generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps). ValueError for another
+    generator on the CPU. Returns steps (B, k) int64, weights (B, k) float64 (float32 on mps). ValueError for any other
     proposal, or k not in 1, 2, 3 ...
 
     inclusion(t), the probability that step t is drawn, is k times its share of the proposal, but at most 1; a step
@@ -271,7 +272,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal=None, gene
     active = magnitude.nonzero().squeeze(1)  # (R,)
     which, steps = (torch.arange(num_steps.max()) < num_steps[active, None]).nonzero(as_tuple=True)  # (M,)
     rows = active[which]
-    # Rotate each row's steps at random: else even points hit equal rows at the same steps, unbiased but noisy.
+    # Rotate each row's steps at random: else evenly spaced points hit equal rows at the same steps: unbiased, noisy.
     offset = torch.rand(active.shape, generator=generator)[which] * num_steps[rows]
     steps = (steps + offset.long()) % num_steps[rows]
     density = magnitude[rows] * (1 if proposal is None else proposal.cpu()[rows, steps])
@@ -281,7 +282,7 @@ def draw_pairs(num_steps: Tensor, magnitude: Tensor, k: int, proposal=None, gene
 
 
 def defensive_proposal(rollout: Rollout, uniform_share=0.1) -> Tensor:
-    """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, with sum 1.
+    """Where to draw: at steps of much surprise, 1 - p(token) summed over U_t. (B, T) float64 on the CPU, sum 1 in all.
     1 - p is, up to a factor of sqrt(2), the length of log p's gradient in the logits: tokens that the policy was sure
     of teach little. Some uniform (defensive importance sampling) keeps weights small."""
     doubt = (1 - rollout.logp.exp()).clamp(min=0)  # (B, C), 0 where the row had ended
@@ -312,7 +313,7 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
 
 def estimate_logp(model, rollout: Rollout, k: int, *, mask_id: int, temperature: float, proposal=None, generator=None):
     """Unbiased estimate of log pi(trajectory | q) - const from k steps of each row: (B,), nats, differentiable.
-    Exact where num_steps <= k. `policy_gradient` sums the clipped objective in place of log p."""
+    Exact where num_steps <= k. To read: training uses `policy_gradient`, which sums the objective in place of log p."""
     steps, weights = draw_timesteps(rollout.num_steps, k, proposal, generator)
     row, draw = weights.nonzero(as_tuple=True)  # (N,) pairs
     logp, _ = step_logps(model, rollout, row, steps[row, draw], mask_id=mask_id, temperature=temperature)  # (N, C)
@@ -356,9 +357,9 @@ def policy_gradient(
 
     advantage (B,). k: passes per row, on average. on_policy: the model is still the one that sampled; rho = exp(logp -
     logp.detach()) is 1, with logp's gradient. micro_batch: pairs in memory at once. proposal, generator: see
-    `draw_pairs`. Train float32 weights: Adam's small steps vanish in bfloat16. Returns loss, an estimate of -J (on
-    policy near 0 if all L_i are equal); clip_ratio and kl, means over tokens evaluated, not unbiased. ValueError for
-    another length_norm, beta > 0 without a ref_model of its own, advantages that are not B finite numbers."""
+    `draw_pairs`. Train float32 weights: Adam's small steps vanish in bfloat16. Returns loss, an estimate of -J (of mean
+    0 on policy, but for the KL, or early ends with L_i = T); clip_ratio, kl: over the tokens evaluated, not unbiased.
+    ValueError for any other length_norm, beta > 0 without a ref_model of its own, advantages not B finite numbers."""
     if length_norm not in ("sequence", "constant"):
         raise ValueError(f"length_norm is 'sequence' or 'constant', not {length_norm!r}")
     if beta > 0 and ref_model in (None, model):
@@ -397,8 +398,8 @@ def policy_gradient(
 
 
 def train(loaded: tuple, examples: list, test: list, args: "Settings", ref_model=None) -> None:
-    """Train loaded = (model, tokenizer, mask_id), from the run's newest checkpoint on. Randomness is seeded by (seed,
-    purpose, update): on a CPU, a run that was killed ends bit for bit as if it had not been."""
+    """Train loaded = (model, tokenizer, mask_id); the model is of the run's newest checkpoint, if there is one. What is
+    random has a seed of its own in each update: on a CPU, a run that was killed ends bit for bit as if it had not."""
     (model, tokenizer, mask_id), task, run = loaded, TASKS[args.task], Path(args.output_dir)
     trained, history, log = [p for p in model.parameters() if p.requires_grad], [], run / "metrics.jsonl"
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01)
@@ -879,7 +880,7 @@ class Settings:  # with the tiny model's defaults; RELEASE holds those that diff
     max_steps: int = option(160, "updates")
     prompts_per_update: int = option(32, "prompts in an update")
     group_size: int = option(16, "G: completions of each prompt")
-    k: int = option(1, "steps drawn per completion")
+    k: int = option(1, "steps drawn per completion, on average")
     length_norm: Literal["sequence", "constant"] = option("sequence", "divide a row by its own steps, or all by T")
     scale_by_std: bool = option(False, "divide advantages by the group's deviation")
     optimizer_steps: int = option(2, "optimizer steps on the same rollouts")
@@ -891,7 +892,7 @@ class Settings:  # with the tiny model's defaults; RELEASE holds those that diff
     steps: int = option(4, "T: sampling steps")
     unmasking: Literal["random", "low_confidence"] = option("random", "what a step unmasks; random is exact")
     temperature: float = option(1.0, "tau: sampling temperature")
-    top_k: int = option(0, "sample from so many tokens; 0: all")
+    top_k: int = option(0, "sample from so many tokens; 0: all, or 1,024 with top_p")
     top_p: float = option(1.0, "sample from the most probable with this sum")
     learning_rate: float = option(7e-4, "before warm-up and cosine decay to 0")
     warmup_steps: int = option(20, "updates of rising learning rate")
