@@ -19,8 +19,7 @@ Each step would cost a pass. That cost is *amortized*: k << T steps are drawn, e
     q, o     prompt (B, P), completion (B, C): token ids; B = prompts x G, the group size
     s_t      state: the completion before step t, masks where nothing is unmasked yet
     U_t      the positions that step t unmasks, all in one block
-    T, T_i   all steps (the paper's m), and those that row i took
-    k        steps drawn, on average over the rows with A_i != 0 or beta > 0
+    T, T_i   all steps (the paper's m), and those that row i took; k: those drawn, per row with A_i or beta not 0
     L_i      T_i (length_norm "sequence") or T ("constant")
     A_i      advantage: reward minus the group's mean; eps: clipping range (eps_low, eps_high); beta: the KL's weight
     rho_j    importance ratio p_theta(o_j | q, s_t) / p_old(o_j | q, s_t), p_old being the policy that sampled
