@@ -961,7 +961,7 @@ def prepare(args: Settings) -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good: only the first process prints
     positive = ("temperature", "top_p", "k", "max_steps", "save_every", "optimizer_steps", "rollout_batch")
-    for name in (*positive, "block_length", "group_size"):
+    for name in (*positive, "micro_batch", "prompts_per_update", "block_length", "group_size"):
         if not getattr(args, name) > (name == "group_size"):
             raise BadInput(f"--{name} {getattr(args, name)} is too small")
     if args.model == "tiny" and args.task != "sudoku":
