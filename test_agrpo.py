@@ -672,7 +672,7 @@ REFUSED = {
     "--block_length 5": "does not divide", "--steps 17": "17 steps must", "--eval_steps 4 0": "0 steps must",
     "--steps 3 --block_length 4": "multiple of 4 blocks", "--block_length 0": "--block_length 0 is too small",
     "--group_size 1": "--group_size 1 is too small", "--rollout_batch 0": "too small", "--optimizer_steps 0": "too",
-    "--save_every 0": "too small", "--max_steps 0": "too small",
+    "--save_every 0": "small", "--max_steps 0": "small", "--prompts_per_update 0": "small", "--micro_batch 0": "small",
     "--k 0": "--k 0 is too small", "--top_p 0": "--top_p 0.0 is", "--max_steps few": "invalid int",
     "--temperature 0": "--temperature 0.0 is too small", "--temperature nan": "--temperature nan is too small",
     "--task chess": "invalid choice: 'chess'", "--task gsm8k --model tiny": "tiny knows only sudoku",
@@ -841,6 +841,7 @@ def test_other_options_run_to_the_end(how, short_run, monkeypatch):
     monkeypatch.setitem(agrpo.TASKS, "sudoku", replace(GENEROUS, source=few, picture=lambda e, _: f"<{e['puzzle']}>"))
     for name in "group_advantages", "generate", "policy_gradient":
         monkeypatch.setattr(agrpo, name, mock.Mock(wraps=getattr(agrpo, name)))
+    monkeypatch.setattr(torch.optim, "AdamW", adam := mock.Mock(wraps=torch.optim.AdamW))
     folder = short_run.parent / re.sub(r"\W+", "", how)
     how += f" --model {short_run}/base --max_steps 6 --prompts_per_update 1 --rollout_batch 4 --show_every 1 --k 2 "
     how += "--optimizer_steps 2 --unmasking low_confidence --top_k 20 --top_p 0.9 --length_norm constant "
@@ -853,6 +854,7 @@ def test_other_options_run_to_the_end(how, short_run, monkeypatch):
     assert any(folder.glob("events.out.tfevents*")) == ("tensorboard" in how)
     assert sorted(puzzles[:3]) == sorted(puzzles[3:]) and len({*puzzles}) == 3 and puzzles[:3] != puzzles[3:]
     assert [x.args[1] for x in clip.call_args_list] == [1.0] * 12
+    assert adam.call_args.kwargs == {"betas": (0.9, 0.99), "weight_decay": 0.01}
     assert agrpo.group_advantages.call_args.args[2] == ("scale" in how)
     seed = int("seed" in how)
     assert {(seed, "rollout", update) for update in range(6)} < {x.args[5] for x in agrpo.generate.call_args_list}
