@@ -1407,7 +1407,7 @@ def test_two_processes_do_what_one_does(half_known, tmp_path, monkeypatch):
     script, launch = tmp_path / "generous.py", "-m torch.distributed.run --standalone --nproc_per_node 2"
     script.write_text(f"import sys, {__name__}\n{__name__}.generous_main(*sys.argv[1:])\n")
     train = f"{SHORT} {{}} --model {half_known}/base --k 2 --steps 2 --eval_examples 23 --rollout_batch 4"
-    measure = f"{half_known}/run --device cpu --rollout_batch 5 --save {{}}.jsonl"  # 5, 5, 2 examples in each process
+    measure = f"{half_known}/run --device cpu --rollout_batch 5 --examples 23 --save {{}}.jsonl"  # 5, 5, 2 and 5, 5, 1
     one, two = tmp_path / "one", tmp_path / "two"
     for main, file, options in (agrpo.main, script, train), (curve.main, curve.__file__, measure):
         run(options.format(one), main=main)
