@@ -1035,6 +1035,7 @@ def test_data_from_the_hub_and_beside_a_file(tmp_path, monkeypatch):
     assert read("train", "mine.jsonl") == read("train", "data") == ["0", "1"] and read("test", "mine.jsonl") == ["5"]
     assert read("train", "") == ["0", "1"]  # from folders in it
     assert download.call_args.args == ("openai/gsm8k",) and download.call_count == 2
+    assert "MATH-500" in TASKS["math"].source("test", 0) != TASKS["math"].source("train", 0)
     asked = download.call_args.kwargs
     assert asked["repo_type"] == "dataset" and "data/train.*" in asked["allow_patterns"]
     assert TASKS["gsm8k"].examples("test", agrpo.Settings())[0]["gold"] == "3"
@@ -1114,7 +1115,7 @@ def test_checkpoints_load_exactly_and_are_saved_as_they_came(kind, tmp_path):
     (folder / "checkpoint-500").mkdir(parents=True)
     theirs, weights, raw = checkpoint(folder, kind)
     model, tokenizer, mask_id = agrpo.load_model(str(folder))
-    assert model.get_input_embeddings().padding_idx is None  # which would never be trained
+    assert model.get_input_embeddings().padding_idx is None and not model.config.use_cache  # the former is not trained
     found = mask_id, tokenizer.eos_token_id, len(tokenizer("ab")["input_ids"])
     assert found == ((257, 256, 2) if kind == "Dream" else (3, 2, 2))
     for pad in 0, 2:
