@@ -86,15 +86,15 @@ class Rollout:
     logp: Tensor  # (B, C) at least float32, nats, of the policy that sampled; 0 where step is -1
     entropy: Tensor  # (B, T) likewise, summed over U_t: a metric
     num_steps: Tensor  # (B,) int64, T_i, the steps taken
-    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, filled up with -1
+    kept: Tensor | None = None  # (B, C, K) int64, the ids left by top-k and top-p, then -1; 0 where step is -1
 
 
 def logits_at(model, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
     """Logits (N, n, V), in the model's dtype, at positions (N, n) only: the head never sees the rest.
-    input_ids (N, S) int64; attention_mask (N, S) bool, False on padding, or None; positions int64, from the end if
-    below 0, for Dream not the first. ValueError for padding on the right, dropout, and classes of libraries that would
-    be silently wrong (RoBERTa counts positions otherwise, StableLM is causal, Gemma 2 scales logits). A class of your
-    own needs base_model, config, and either cls, or lm_head with config.is_causal = False (from transformers 5.2)."""
+    input_ids (N, S) int64; attention_mask (N, S) bool, False on padding; None: ids are -1 there; positions int64, from
+    the end if below 0, for Dream not the first. ValueError for padding on the right, dropout, and classes of libraries
+    that would be silently wrong (RoBERTa counts positions otherwise, StableLM is causal, Gemma 2 scales logits). Your
+    own class needs base_model, config, and either cls, or lm_head with config.is_causal = False (transformers 5.2)."""
     kind, bert = type(model), hasattr(model, "cls")
     known = kind.__name__ in ("BertForMaskedLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     causal = getattr(model.config, "is_decoder" if bert else "is_causal", not bert)
@@ -187,9 +187,10 @@ def sample(
     for start in range(0, C, block_length):
         # The block's masked positions (R, ...), in the random order in which "random" takes them.
         masked = start + torch.rand(len(rows), block_length, generator=generator, device=prompt.device).argsort(1)
+        row = rows[:, None]  # (R, 1)
         for count in per_step:
-            row, place = rows[:, None], masked[:, :count] if unmasking == "random" else masked  # (R, n): where to draw
-            logits = logits_at(model, ids[rows], ids[rows] >= 0, place - C)  # (R, n, V)
+            place = masked[:, :count] if unmasking == "random" else masked  # (R, n): where to draw
+            logits = logits_at(model, ids[rows], None, place - C)  # (R, n, V)
             choices = truncate(logits, mask_id, temperature, top_k, top_p)  # (R, n, K) or None
             logps = policy_logps(logits, mask_id, temperature, choices)  # (R, n, K or V)
             gumbel = torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30).log_().neg_()
@@ -301,8 +302,7 @@ def step_logps(model, rollout: Rollout, rows: Tensor, steps: Tensor, *, mask_id:
     state = torch.where((step >= 0) & (step < t), completion, mask_id)  # s_t
     n = int(unmasked.sum(1).max())  # rows with fewer are filled up with other positions
     place = unmasked.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (N, n), those unmasked first
-    input_ids = without_padding(torch.cat([prompt, state], 1))
-    logits = logits_at(model, input_ids, input_ids >= 0, place - state.shape[1])  # (N, n, V)
+    logits = logits_at(model, without_padding(torch.cat([prompt, state], 1)), None, place - state.shape[1])  # (N, n, V)
     token = completion.gather(1, place)[..., None]  # (N, n, 1)
     kept = None if rollout.kept is None else rollout.kept[rows[:, None], place]  # (N, n, K)
     index = token if kept is None else (kept == token).int().argmax(-1, keepdim=True)  # among V ids, or K kept
@@ -374,8 +374,7 @@ def policy_gradient(
     rows, steps, weights = draw_pairs(rollout.num_steps, magnitude, k, proposal, generator)  # (N,) each
     weights = (weights / (B * length.cpu()[rows])).to(rollout.logp.dtype)
     total = rollout.logp.new_zeros(4)
-    pairs = (x.to(advantage.device).split(micro_batch) for x in (rows, steps, weights))
-    for r, t, w in zip(*pairs):
+    for r, t, w in zip(*(x.to(advantage.device).split(micro_batch) for x in (rows, steps, weights))):
         logp, unmasked = step_logps(model, rollout, r, t, mask_id=mask_id, temperature=temperature)  # (n, C)
         old_logp = logp.detach() if on_policy else rollout.logp[r] * unmasked
         objective = clipped_objective(logp, old_logp, advantage[r, None], eps_low, eps_high)
@@ -453,16 +452,16 @@ def train(loaded: tuple, examples: list, test: list, args: "Settings", ref_model
         }  # fmt: skip
         sums = sum_over_ranks(torch.tensor([*map(float, metrics.values())], dtype=torch.float64))
         metrics = {"update": done} | dict(zip(metrics, (sums / world_size()).tolist()))
-        best = max((row.get("eval_accuracy", 0) for row in history), default=0)
         if args.eval_every and done % args.eval_every == 0:
+            best = max((row.get("eval_accuracy", 0) for row in history), default=0)
             metrics["eval_accuracy"] = accuracy = evaluate(*loaded, test, args, args.eval_steps[0], greedy=True)
             bar.write(f"update {done}: accuracy {accuracy:.3f} in evaluation; before, at best {best:.3f}")
+            if rank() == 0 and accuracy > best:  # chosen on test examples, so a little lucky
+                save_model(model, tokenizer, run / "best")
         history.append(metrics)
         if rank() == 0:
             report(metrics, done)
             write(log, "".join(json.dumps(row) + "\n" for row in history))
-            if metrics.get("eval_accuracy", 0) > best:  # chosen on test examples, so a little lucky
-                save_model(model, tokenizer, run / "best")
             if done % args.save_every == 0 or done == args.max_steps:
                 save_model(model, tokenizer, run / f"checkpoint-{done}", optimizer)
                 for old in checkpoints(run)[:-2]:
@@ -481,15 +480,15 @@ def generate(model, tokenizer, mask_id: int, examples: list, args: "Settings", k
     None). Texts end before the first end token; what was sampled after it is trained on, not rewarded."""
     task, ends, texts, rollouts = TASKS[args.task], end_tokens(tokenizer), [], []
     names = ("completion_length", "block_length", "steps", "temperature", "unmasking", "top_k", "top_p")
-    options = {name: getattr(args, name) for name in names} | changes
+    options = {name: getattr(args, name) for name in names} | {"mask_id": mask_id, "eos_id": ends} | changes
     prompts = [task.prompt(e, tokenizer, args.answer_format) for e in examples]
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    share = math.ceil(len(examples) / world_size())
+    share, size = math.ceil(len(examples) / world_size()), args.rollout_batch
     first = rank() * share
-    parts = (encoded[name][first:][:share].split(args.rollout_batch) for name in ("input_ids", "attention_mask"))
-    for n, ids, mask in zip(range(first, len(examples), args.rollout_batch), *parts):
-        rng, (ids, mask) = seeded_generator(model.device, *key, n), (x.to(model.device) for x in (ids, mask))
-        rollouts.append(sample(model, ids, mask, mask_id=mask_id, eos_id=ends, generator=rng, **options))
+    ids, mask = (encoded[name][first:][:share].to(model.device) for name in ("input_ids", "attention_mask"))
+    for n in range(0, len(ids), size):
+        rng = seeded_generator(model.device, *key, first + n)
+        rollouts.append(sample(model, ids[n:][:size], mask[n:][:size], generator=rng, **options))
         texts += [tokenizer.decode(before_end(row, ends)) for row in rollouts[-1].completion.tolist()]
     fields = [torch.cat(x) for x in zip(*(vars(r).values() for r in rollouts)) if x[0] is not None]
     return examples[first:][:share], texts, Rollout(*fields) if rollouts else None
@@ -543,7 +542,7 @@ class Task:
         place = local_or_hub(source, "dataset", patterns)
         found = [place, *itertools.chain(*map(place.glob, patterns))]
         files = sorted(str(file) for file in found if file.suffix in (".csv", ".json", ".jsonl", ".parquet"))
-        if len(files) != int((re.findall(r"-of-(\d+)", str(files)) or [1])[0]):
+        if len(files) != int((re.findall(r"-\d+-of-(\d+)[^/\\]*$", str(files)) or [1])[0]):
             raise BadInput(f"{source}: not one {split}.csv, .json, .jsonl or .parquet, or all its shards: {files}")
         examples, problem, kind = [], "", Path(files[0]).suffix[1:].removesuffix("l")
         text = {"converters": dict.fromkeys("|".join(self.columns).split("|"), str)} if kind == "csv" else {}
@@ -816,8 +815,9 @@ def save_model(model, tokenizer, folder: Path, optimizer=None) -> None:
         save_file(lora, part / "adapter_model.safetensors")
         (part / "adapter_config.json").write_text(json.dumps(model.adapter_config, indent=1))
     else:
-        model.save_pretrained(part)  # undoes the key_mapping, so the config must be as it was too
-        (part / "config.json").write_text(json.dumps(getattr(model, "raw_config", model.config.to_dict()), indent=1))
+        model.save_pretrained(part)
+        if hasattr(model, "raw_config"):  # transformers has undone the key_mapping, so the config must be LLaDA's too
+            (part / "config.json").write_text(json.dumps(model.raw_config, indent=1))
     if optimizer:
         states = {f"{i} {name}": x for i, state in optimizer.state_dict()["state"].items() for name, x in state.items()}
         save_file(states, part / "optimizer.safetensors")

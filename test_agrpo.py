@@ -914,7 +914,8 @@ BAD_DATA = {
     "null": ("a.jsonl", ROW + '{"question": null, "answer": "#### 5"}', "no question like (?P<question>.+) in row 2"),
     "no parquet": ("a.parquet", "nonsense", "not readable"),
     "latin-1": ("a.csv", "question,answer\ncaf\xe9,#### 5\n", "not readable"),
-    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n", "[0-4]{16}) in row 2"),
+    "lost zeros": ("a.csv", f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE[1:]},{GRID}\n",
+                   "no Puzzle like (?P<puzzle>[0-4]{16}) in row 2"),
 }  # fmt: skip
 DEBRIS = words("<answer> </answer> <reasoning> </reasoning> \\boxed{ #### 1 7 e999 ٧٢ \u2212 \u202e ½ Ⅶ \ud800")
 DEBRIS += [*"{}()+-*/= \n\0,.$", "9" * 5000, "((((" * 500, "<answer" * 500]
@@ -1028,11 +1029,12 @@ def test_data_from_the_hub_and_beside_a_file(tmp_path, monkeypatch):
     for n, file in enumerate(tmp_path / f"{name}.jsonl" for name in names):
         file.parent.mkdir(exist_ok=True)
         file.write_text(ROW.replace("5", str(n)))
-    (tmp_path / "mine.jsonl").write_text(ROW)
+    (tmp_path / "a-of-2.jsonl").write_text(ROW)
     monkeypatch.setattr(agrpo.hub, "snapshot_download", download := mock.Mock(return_value=str(tmp_path)))
     examples = lambda split, name: TASKS["gsm8k"].examples(split, agrpo.Settings(data=str(tmp_path / name)))
     read = lambda *how: [example["gold"] for example in examples(*how)]
-    assert read("train", "mine.jsonl") == read("train", "data") == ["0", "1"] and read("test", "mine.jsonl") == ["5"]
+    assert read("train", "a-of-2.jsonl") == read("train", "data") == ["0", "1"]
+    assert read("test", "a-of-2.jsonl") == ["5"]  # no shard, whatever its name
     assert read("train", "") == ["0", "1"]  # from folders in it
     assert download.call_args.args == ("openai/gsm8k",) and download.call_count == 2
     assert "MATH-500" in TASKS["math"].source("test", 0) != TASKS["math"].source("train", 0)
@@ -1181,7 +1183,7 @@ def test_lora_is_saved_loaded_merged_and_shared(tmp_path):
     for change in {"r": 8}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 1}}, {}:
         file.write_text(json.dumps(config | change))
         change or (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model.bin")
-        with pytest.raises(agrpo.BadInput, match="d1.*another model" if "r" in change else "only plain LoRA"):
+        with pytest.raises(agrpo.BadInput, match=f"d1.*{'another model' if 'r' in change else 'only plain LoRA'}"):
             agrpo.load_model(str(theirs))
     peft = pytest.importorskip("peft")
     read = peft.PeftModel.from_pretrained(agrpo.load_model(str(tmp_path / "llada"))[0], str(adapter))
